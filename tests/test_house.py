@@ -1,0 +1,96 @@
+"""Rules of the house that a linter does not know."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import regard
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "regard"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Top-level packages a file imports anywhere, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module or "")
+    return {name.partition(".")[0] for name in found}
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\s\[<>=!;~]", text, maxsplit=1)[0].lower().replace("-", "_") for text in requirements}
+
+
+def test_import_is_cheap() -> None:
+    program = "import sys, regard; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", regard.__all__)
+def test_public_name_resolves(name: str) -> None:
+    assert getattr(regard, name) is not None
+
+
+def test_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = regard.no_such_name
+
+
+def test_attend_stays_a_function() -> None:
+    program = "import regard.attend, regard.attend as again; import regard; assert callable(regard.attend), regard.attend"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_every_import_is_declared() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = _names(PROJECT["project"]["dependencies"])
+    optional = declared | _names(extras["demo"]) | _names(extras["evidence"]) | {"triton", "peft"}
+    provides = {"sklearn": "scikit_learn", "jinja2": "jinja2", "numpy": "torch"}
+    undeclared = {
+        (path.relative_to(SOURCE).as_posix(), package)
+        for path in MODULES
+        for package in _imports(path) - set(sys.stdlib_module_names) - {"regard", ""}
+        if provides.get(package, package).lower() not in optional
+    }
+    assert not undeclared
+
+
+def test_every_room_has_a_floor() -> None:
+    named = {
+        name.strip(" ()")
+        for layer in PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+        for name in layer.split("|")
+    }
+    rooms = {f"regard.{path.stem}" for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - {"regard.__init__", "regard.__main__"} <= named
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_file_is_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "two ideas in one file?"
+
+
+def test_nothing_is_unpickled() -> None:
+    loads = re.compile(r"\bimport (pickle|dill|joblib|cloudpickle)\b|torch\.load\(|\ballow_pickle=True")
+    assert [path.name for path in MODULES if loads.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_data_files_travel_with_the_package() -> None:
+    """The wheel takes all of src/regard but what git ignores."""
+    data = [str(path) for path in SOURCE.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}]
+    ignored = subprocess.run(["git", "check-ignore", *data], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ignored.stdout == ""
