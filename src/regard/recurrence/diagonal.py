@@ -1,0 +1,160 @@
+"""The diagonal-decay recurrence, in three forms of one function.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ ,   o_t = S_tᵀ q_t        (token t itself included with weight 1)
+
+It serves plain linear attention (g = 0), a fixed decay per head (RetNet, Lightning Attention), a scalar gate per token
+(Mamba-2) and a gate per channel (GLA, HGRN-2).
+
+Shapes: q, k (B, H, N, Dk); v (B, H, N, Dv); state (B, H, Dk, Dv). log_decay g ≤ 0, natural logarithms: None for no
+decay, (H,) fixed per head, or four axes that broadcast to (B, H, N, Dk) — (B, H, N, 1) is one gate per token. −inf
+forgets exactly: no NaN, forward or backward; set at the first token of each packed document it keeps documents apart.
+Statistics and states are held in at least float32; outputs come back in v's dtype. No scale is applied to q.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.errors import require
+from regard.recurrence.decay import between, from_start, to_end
+
+
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition, one token after the other. Returns (out (B, H, N, Dv), final state). O(N·Dk·Dv) time."""
+    dtype = v.dtype
+    q, k, v, g, state = prepare(q, k, v, log_decay, state)
+    out = []
+    for t in range(q.shape[2]):
+        gate = g[:, :, t if g.shape[2] > 1 else 0].exp()
+        state = gate[..., None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append(q[:, :, t, None, :] @ state)
+    return (torch.cat(out, 2) if out else v).to(dtype), state
+
+
+def parallel(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All tokens at once: o_i = Σ_{j ≤ i} (Σ_d q_id k_jd Π_{j<s≤i} e^{g_sd}) v_j, as one masked N×N product.
+
+    O(N²) time; O(N²) memory, O(N²·Dk) for a gate per channel: for short N and as an oracle."""
+    dtype, n = v.dtype, v.shape[2]
+    q, k, v, g, state = prepare(q, k, v, log_decay, state)
+    if n == 0:
+        return v.to(dtype), state
+    g = g.expand(-1, -1, n, -1)
+    weight = between(g.transpose(-1, -2)).exp()  # (·, ·, 1 or Dk, N, N)
+    scores = (q @ k.mT) * weight[:, :, 0] if g.shape[-1] == 1 else torch.einsum("bhid,bhjd,bhdij->bhij", q, k, weight)
+    out = scores @ v + (q * from_start(g).exp()) @ state
+    state = g.sum(2, keepdim=True).exp().mT * state + (k * to_end(g).exp()).mT @ v
+    return out.to(dtype), state
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Linear in N: the parallel form within chunks, the state between them. Same results as `recurrent`.
+
+    All chunks are worked on together; only the N/chunk_size states are chained. Matrix products throughout, for a gate
+    per channel too (`_within_by_halving`); no exponent is ever positive. O(N·(chunk_size·(Dk+Dv) + Dk·Dv)) time,
+    O(N·(Dk+Dv+chunk_size) + N/chunk_size·Dk·Dv) memory. Any N; chunk_size ≥ 1."""
+    require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
+    dtype, n = v.dtype, v.shape[2]
+    q, k, v, g, state = prepare(q, k, v, log_decay, state)
+    whole = n - n % chunk_size
+    outs = []
+    # What does not fill a chunk is one more chunk, of its own size.
+    for start, stop, size in ((0, whole, chunk_size), (whole, n, n - whole)):
+        if stop > start:
+            span = slice(start, stop)
+            gates = g[:, :, span] if g.shape[2] > 1 else g
+            out, state = _whole_chunks(q[:, :, span], k[:, :, span], v[:, :, span], gates, state, size)
+            outs.append(out)
+    return (torch.cat(outs, 2) if outs else v).to(dtype), state
+
+
+def _whole_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`chunked` where N is a multiple of `size`."""
+    n = q.shape[2]
+    q, k, v = (x.unflatten(2, (n // size, size)) for x in (q, k, v))  # (B, H, chunks, size, ·)
+    # A decay that is fixed in time is the same in every chunk: one chunk of it is enough.
+    g = g[:, :, None].expand(-1, -1, -1, size, -1) if g.shape[2] == 1 else g.unflatten(2, (n // size, size))
+    within = _within_scalar if g.shape[-1] == 1 else _within_by_halving
+    out = within(q, k, v, g)
+    added = (k * to_end(g).exp()).mT @ v  # (B, H, chunks, Dk, Dv): what each chunk adds to the state
+    kept = g.sum(-2, keepdim=True).exp().mT  # (·, ·, chunks or 1, 1 or Dk, 1): what it leaves of the state before it
+    before = []
+    for c in range(n // size):
+        before.append(state)
+        state = kept[:, :, c if kept.shape[2] > 1 else 0] * state + added[:, :, c]
+    out = out + (q * from_start(g).exp()) @ torch.stack(before, 2)
+    return out.flatten(2, 3), state
+
+
+def _within_scalar(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """One gate for all channels: the masked product of the parallel form in each chunk. Inputs (B, H, chunks, C, ·)."""
+    return ((q @ k.mT) * between(g[..., 0]).exp()) @ v
+
+
+def _within_by_halving(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """A gate per channel, without a (C, C, Dk) tensor and without a positive exponent.
+
+    Cut a chunk in halves: what the second half reads from the first has the cut as a common reference point,
+    e^{Σ after j, to the cut} · e^{Σ from the cut, to i}, both factors ≤ 1: one matrix product. The halves are cut in
+    turn, down to single tokens: log2(C) products, together as many operations as the triangle."""
+    size = q.shape[-2]
+    full = 1 << (size - 1).bit_length()
+    if full != size:  # zeros at the end: no key, no decay; the rows are cut off again
+        q, k, v, g = (torch.nn.functional.pad(x, (0, 0, 0, full - size)) for x in (q, k, v, g))
+    out = (q * k).sum(-1, keepdim=True) * v  # each token reads itself
+    half = full // 2
+    while half >= 1:
+        qs, ks, vs, gs, outs = (x.unflatten(-2, (-1, 2, half)) for x in (q, k, v, g, out))
+        reads = qs[..., 1, :, :] * from_start(gs[..., 1, :, :]).exp()
+        keys = ks[..., 0, :, :] * to_end(gs[..., 0, :, :]).exp()
+        later = outs[..., 1, :, :] + (reads @ keys.mT) @ vs[..., 0, :, :]
+        out = torch.stack([outs[..., 0, :, :], later], -3).flatten(-4, -2)
+        half //= 2
+    return out[..., :size, :]
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Check shapes; everything in the accumulation dtype, the decay with four axes, the state present.
+
+    Raises ArgumentError naming the tensor. Values of log_decay are not checked (that would wait for the device)."""
+    require(q.ndim == 4, "q", tuple(q.shape), "(B, H, N, Dk)")
+    batch, heads, n, dim = q.shape
+    require(k.shape == q.shape, "k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}")
+    require(v.ndim == 4 and v.shape[:3] == q.shape[:3], "v", tuple(v.shape), f"({batch}, {heads}, {n}, Dv)")
+    dtype = accumulation_dtype(q, k, v)
+    if log_decay is None:
+        log_decay = q.new_zeros((1, 1, 1, 1))
+    elif log_decay.ndim == 1:
+        require(log_decay.shape[0] == heads, "log_decay", tuple(log_decay.shape), f"({heads},): one per head")
+        log_decay = log_decay[None, :, None, None]
+    shape = tuple(log_decay.shape)
+    fits = len(shape) == 4 and all(a in (1, b) for a, b in zip(shape, (batch, heads, n, dim), strict=True))
+    require(fits, "log_decay", shape, f"({heads},), or broadcastable to {(batch, heads, n, dim)}")
+    wanted = (batch, heads, dim, v.shape[3])
+    if state is None:
+        state = torch.zeros(wanted, dtype=dtype, device=q.device)
+    require(state.shape == wanted, "state", tuple(state.shape), f"{wanted}: (B, H, Dk, Dv)")
+    return q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype), state.to(dtype)
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that states and sums are held in: at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
