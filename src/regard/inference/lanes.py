@@ -1,0 +1,166 @@
+"""Parts of the ragged store: lanes of one capacity side by side in one storage, which forks may share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from regard.errors import StoreError
+
+PAGE = 64
+ABSENT = torch.iinfo(torch.int32).max
+"""Larger than any position or slot: what is absent sorts behind what is there."""
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Tensors made here may be changed in place later, whether or not the caller is in inference mode; no autograd."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def whole_pages(lengths: Tensor) -> Tensor:
+    """The smallest capacities that hold these lengths."""
+    return (lengths + PAGE - 1).div(PAGE, rounding_mode="floor") * PAGE
+
+
+def position_order(positions: Tensor) -> Tensor:
+    """Slots in order of position, along the last dimension; absent ones (−1) last."""
+    return positions.masked_fill(positions < 0, ABSENT).argsort(dim=-1, stable=True)
+
+
+class LaneGroup(NamedTuple):
+    """Lanes of one capacity as attention reads them."""
+
+    k: Tensor
+    v: Tensor
+    rows: Tensor
+    heads: Tensor
+    lengths: Tensor
+    positions: Tensor
+    uniform: int | None
+    complete: bool
+
+
+class Content(NamedTuple):
+    """k (G, C, Dk), v (G, C, Dv), positions (G, C) int32; or pieces of them."""
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+    def at(self, *where: slice | Tensor) -> Content:
+        """The same place of all three. A copy when a tensor is among the indices, else views."""
+        return Content(self.k[where], self.v[where], self.positions[where])
+
+    def write(self, lane: slice | Tensor, slot: slice | Tensor, new: Content) -> None:
+        """Put `new` at these lanes and slots, in place. `new` must not be a view of what is written."""
+        self.k[lane, slot] = new.k
+        self.v[lane, slot] = new.v
+        self.positions[lane, slot] = new.positions.to(torch.int32)
+
+
+class Group:
+    """Lanes of one capacity. Lengths are known on the host and replaced, never changed, so they may be handed out.
+
+    lanes (G,) long on the CPU, ascending: row · H + head. lanes_there, rows, heads, order (0 … G−1): the same
+    on the device.
+    """
+
+    def __init__(self, content: Content, lanes: Tensor, lengths: Tensor, heads: int, complete: bool) -> None:
+        device = content.k.device
+        self.content, self.lanes, self.complete = content, lanes, complete
+        self.capacity = content.k.shape[1]
+        self.lanes_there = lanes.to(device, non_blocking=True)
+        self.rows, self.heads = self.lanes_there // heads, self.lanes_there % heads
+        self.order = torch.arange(len(lanes), device=device)
+        self._holders: WeakSet[Group] | None = None
+        self.set_lengths(lengths)
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """lengths (G,) long on the CPU."""
+        self.lengths = lengths
+        self.shortest, self.longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
+        self.lengths_there = lengths.to(self.order.device, non_blocking=True)
+
+    def grow(self, n: int) -> None:
+        """Every lane is longer by n."""
+        self.lengths, self.lengths_there = self.lengths + n, self.lengths_there + n
+        self.shortest, self.longest = self.shortest + n, self.longest + n
+
+    @property
+    def uniform(self) -> int | None:
+        """The length of all lanes, if they have one."""
+        return self.longest if self.longest == self.shortest else None
+
+    def absent(self) -> Tensor:
+        """bool (G, longest): slots beyond their lane's length."""
+        return torch.arange(self.longest, device=self.order.device) >= self.lengths_there[:, None]
+
+    def fork(self) -> Group:
+        """A second group on the same storage."""
+        twin = Group.__new__(Group)
+        twin.__dict__.update(self.__dict__)
+        if self._holders is None:
+            self._holders = WeakSet([self])
+        twin._holders = self._holders
+        self._holders.add(twin)
+        return twin
+
+    def own(self) -> None:
+        """Before a change in place: copy the storage if another group shares it."""
+        if self._holders is None:
+            return
+        if len(self._holders) > 1:
+            self._holders.discard(self)
+            with plain_tensors():
+                self.content = Content(*(x.clone() for x in self.content))
+        self._holders = None
+
+
+def carry(old: Group, content: Content, lanes: Tensor, lengths: Tensor, slots: Tensor | None) -> None:
+    """Copy into `content`, which is to hold `lanes`, the entries of those lanes that live in `old`.
+
+    lengths (all lanes,) on the CPU: how many entries each takes along; slots (all lanes, ≥ length): which of
+    its slots, None = the first.
+    """
+    source = torch.isin(old.lanes, lanes).nonzero().view(-1)
+    moving = old.lanes[source]
+    length = min(int(lengths[moving].max()) if len(moving) else 0, content.k.shape[1], old.capacity)
+    if length == 0:
+        return
+    device = content.k.device
+    lane = source.to(device, non_blocking=True)
+    if slots is not None:
+        taken = old.content.at(lane[:, None], slots[moving.to(device), :length].clamp(0, old.capacity - 1))
+    elif len(source) == len(old.lanes):
+        taken = old.content.at(slice(None), slice(0, length))
+    else:
+        taken = old.content.at(lane, slice(0, length))
+    target = torch.searchsorted(lanes, moving)
+    whole = len(target) == len(lanes)
+    content.write(slice(None) if whole else target.to(device, non_blocking=True), slice(0, length), taken)
+
+
+def shape_of(x: Tensor) -> str:
+    """For error messages."""
+    return f"a shape {tuple(x.shape)}"
+
+
+def check_state(state: Mapping[str, Tensor]) -> None:
+    """StoreError unless these tensors are one layer's state."""
+    missing = {"k", "v", "positions", "lengths"} - set(state)
+    if missing:
+        raise StoreError(f"the state of a layer lacks {', '.join(sorted(missing))}")
+    k, v, positions, lengths = (state[name] for name in ("k", "v", "positions", "lengths"))
+    fits = lengths.ndim == 2 and lengths.shape[1] >= 1 and lengths.dtype == positions.dtype == torch.long
+    fits = fits and k.ndim == v.ndim == 2 and k.dtype == v.dtype and k.is_floating_point() and positions.ndim == 1
+    fits = fits and bool((lengths >= 0).all()) and len(k) == len(v) == len(positions) == int(lengths.sum())
+    if not fits or not bool(((positions >= 0) & (positions < ABSENT)).all()):
+        shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(state.items()))
+        raise StoreError(f"the state of a layer does not fit together: {shapes}")
