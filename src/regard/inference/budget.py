@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,9 @@ from regard.errors import ArgumentError, require
 if TYPE_CHECKING:
     from regard.inference.policy import LayerView
 
+UNLIMITED = 2**62
+"""Stands for "as many as come" where a number of entries is asked for; no lane can hold as many."""
+
 _UNITS = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 ALLOWED = "an int ≥ 1 (tokens), a float in (0, 1] (share of the row's prompt), or K+V payload such as '64MiB'"
 
@@ -24,7 +28,8 @@ class Budget:
     """Mean number of entries kept per real row, layer and KV head right after sealing, sinks and windows included.
 
     An int counts tokens. A float is a share of the row's real prompt tokens, read as the decimal it is written as and
-    rounded down, at least one. A string is the K+V payload of the whole batch, spread evenly over layers, rows and heads.
+    rounded down, at least one. A string is the K+V payload of the whole batch, spread evenly over layers, rows and
+    heads.
     """
 
     value: int | float | str
@@ -42,13 +47,13 @@ class Budget:
                 value = float(text)
             else:
                 value = text
-        require(not isinstance(value, bool) and isinstance(value, (int, float, str)), "budget", repr(value), ALLOWED)
-        if isinstance(value, int):
+        if isinstance(value, Integral) and not isinstance(value, bool):
             require(value >= 1, "budget", value, ALLOWED)
-        elif isinstance(value, float):
+            return cls(int(value))
+        if isinstance(value, float):
             require(0 < value <= 1, "budget", value, ALLOWED)
-        else:
-            require(_bytes(value) > 0, "budget", repr(value), ALLOWED)
+            return cls(float(value))  # a NumPy float is a float, but its repr is no decimal
+        require(isinstance(value, str) and _bytes(value) > 0, "budget", repr(value), ALLOWED)
         return cls(value)
 
     def __str__(self) -> str:
@@ -56,20 +61,23 @@ class Budget:
 
     def entries(self, view: LayerView) -> Tensor:
         """(B, H) long: entries to keep in each lane of this layer, never more than it holds."""
+        return torch.minimum(self.wanted(view), view.lengths)
+
+    def wanted(self, view: LayerView) -> Tensor:
+        """(B, H) long: entries each lane of this layer is allowed, whether or not it holds as many."""
         batch, heads = view.lengths.shape
         if isinstance(self.value, str):
             each = (view.k.shape[-1] * view.k.element_size()) + (view.v.shape[-1] * view.v.element_size())
-            count = _bytes(self.value) // (view.layers * batch * heads * each)
-            if count < 1:
-                raise ArgumentError("budget", repr(self.value), f"at least {view.layers * batch * heads * each} bytes: one entry a lane")
-            wanted = torch.full_like(view.lengths, count)
+            one_a_lane = view.layers * batch * heads * each
+            count = _bytes(self.value) // one_a_lane
+            require(count >= 1, "budget", repr(self.value), f"at least {one_a_lane} bytes: one entry a lane")
         elif isinstance(self.value, float):
             share = Fraction(repr(self.value))
             rows = [max(1, int(share * n)) for n in view.prompt.tolist()]
-            wanted = torch.tensor(rows, device=view.lengths.device)[:, None].expand(batch, heads)
+            return torch.tensor(rows, device=view.lengths.device)[:, None].expand(batch, heads)
         else:
-            wanted = torch.full_like(view.lengths, self.value)
-        return torch.minimum(wanted, view.lengths)
+            count = self.value
+        return torch.full_like(view.lengths, min(count, UNLIMITED))
 
 
 def _bytes(text: str) -> int:

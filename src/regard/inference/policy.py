@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from regard.inference.budget import Budget
+from regard.errors import ArgumentError
+from regard.inference.budget import ALLOWED, UNLIMITED, Budget
 
 MUST, NEVER = torch.inf, -torch.inf
 
@@ -22,7 +23,8 @@ class Needs:
     """What the seam must observe for a policy while it attends, computed by row blocks, never as an N×N map.
 
     last_queries: keep the last W real queries of each row. column_sums: fp32 sum over all real queries and over the
-    query heads of a group of each key's softmax weight. last_row: the newest real query's weights, averaged over the group.
+    query heads of a group of each key's softmax weight. last_row: the newest real query's weights, averaged over the
+    group.
     """
 
     last_queries: int = 0
@@ -41,11 +43,13 @@ class Needs:
 class LayerView:
     """One layer's store as a policy sees it: lanes side by side, padded at the end, sorted by position.
 
-    layer: this layer's number, of `layers` that cache. k (B, H, L, D), v (B, H, L, Dv); positions (B, H, L) long, the token's number among the row's real tokens, −1 where
-    a lane has ended; lengths (B, H) long; prompt (B,) long: real tokens seen so far in each row.
+    layer: this layer's number, of `layers` that cache. k (B, H, L, D), v (B, H, L, Dv); positions (B, H, L) long, the
+    token's number among the row's real tokens, −1 where a lane has ended (k, v and the rest may hold anything there);
+    lengths (B, H) long; prompt (B,) long: each row's real tokens when it was last sealed (while sealing: up to now).
     last_queries (B, Hq, W, D), aligned at the end (missing ones at the front are zeros), with
     query_positions (B, W) long, −1 = missing; column_sums and last_row (B, H, L) float32 — each None unless needed.
-    `weights()` are the softmax weights (float32) of last_queries under the layer's own mask, scale, softcap and sinks.
+    `weights()` are the softmax weights of last_queries under the layer's own mask, scale, softcap and sinks.
+    target (B, H) long: how many entries each lane ends with; set by `apply` before it asks for importance.
     """
 
     layer: int
@@ -64,6 +68,9 @@ class LayerView:
     sinks: Tensor | None = None
     visible: Tensor | None = None
     """(B, H or 1, W, L) bool: which stored keys each of last_queries may see."""
+    window_weights: Tensor | None = None
+    """(B, H, G, W, L) float32: the weights of last_queries where cached keys are not what they attend to (latent attention)."""
+    target: Tensor | None = None
 
     @property
     def exists(self) -> Tensor:
@@ -71,15 +78,19 @@ class LayerView:
         return self.positions >= 0
 
     def weights(self, last: int) -> Tensor:
-        """(B, H, G, last, L) float32: weights of the last `last` queries over this layer's keys, G = query heads per KV head.
+        """(B, H, G, last, L): weights of the last `last` queries over this layer's keys, G = query heads per KV head.
 
-        Rows of missing queries are zero. Softmax runs over all keys (and the sinks, whose share is dropped)."""
-        assert self.last_queries is not None and self.query_positions is not None, "the policy did not ask for last_queries"
-        batch, heads, length, dim = self.k.shape
+        In float32, or float64 for float64 keys. Rows of missing queries are zero, and so are those of queries that see
+        no key. Softmax runs over all keys (and the sinks, whose share is dropped)."""
+        if self.window_weights is not None:
+            return self.window_weights[:, :, :, -last:]
+        assert self.last_queries is not None and self.query_positions is not None, "the policy did not ask for queries"
+        batch, heads, _, dim = self.k.shape
+        exact = torch.promote_types(self.k.dtype, torch.float32)
         q = self.last_queries[:, :, -last:]
         group = q.shape[1] // heads
-        q = q.reshape(batch, heads, group, q.shape[2], dim).float()
-        logits = torch.einsum("bhgqd,bhkd->bhgqk", q, self.k.float()) * self.scale
+        q = q.reshape(batch, heads, group, q.shape[2], dim).to(exact)
+        logits = torch.einsum("bhgqd,bhkd->bhgqk", q, self.k.to(exact)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         seen = self.exists[:, :, None, :]
@@ -87,11 +98,12 @@ class LayerView:
             seen = seen & self.visible[:, :, -last:]
         logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
         if self.sinks is not None:
-            extra = self.sinks.float().view(1, heads, group, 1, 1).expand(*logits.shape[:-1], 1)
+            extra = self.sinks.to(exact).view(1, heads, group, 1, 1).expand(*logits.shape[:-1], 1)
             out = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
         else:
-            out = logits.softmax(-1).nan_to_num()
-        return out * (self.query_positions[:, None, None, -last:, None] >= 0)
+            out = logits.softmax(-1)
+        blind = ~seen.any(-1, keepdim=True) | (self.query_positions[:, None, -last:, None] < 0)
+        return out.masked_fill(blind[:, :, None], 0.0)  # never nan_to_num: a NaN that comes from the keys must be seen
 
 
 class CachePolicy:
@@ -103,18 +115,40 @@ class CachePolicy:
 
     acts: ClassVar[Literal["seal", "step"]] = "seal"
     growth: ClassVar[str] = "every generated token"
-    budget: Budget | None
+    budget: Budget | int | float | str | None
+
+    @property
+    def lacks_budget(self) -> bool:
+        """Must it be given a budget before it can act?"""
+        return self.budget is None
 
     def needs(self) -> Needs:
         """What must be observed. Nothing by default."""
         return Needs()
 
+    def needs_at(self, layer: int) -> Needs:
+        """What must be observed in one layer: `needs()`, or nothing where the policy leaves the layer alone."""
+        return self.needs()
+
     def importance(self, view: LayerView) -> Tensor:
-        """(B, H, L) float: larger = keep; MUST = stays whatever the budget (counted in it), NEVER = goes first."""
+        """(B, H, L) float: larger = keep; MUST = stays whatever the budget (counted in it), NEVER = goes first.
+
+        Where there are more MUST than the lane may keep, the most recent of them stay."""
         raise NotImplementedError
 
     def counts(self, view: LayerView) -> Tensor:
-        """(B, H) long: how many entries each lane keeps. The budget for every lane, unless a policy shares it out."""
-        if self.budget is None:
-            return view.lengths
-        return self.budget.entries(view)
+        """(B, H) long: how many entries each lane keeps when sealed. The budget, unless a policy shares it out."""
+        return torch.minimum(self.wanted(view), view.lengths)
+
+    def limits(self, view: LayerView) -> Tensor:
+        """(B, H) long: how many entries each lane may hold while decoding; UNLIMITED where every new one stays."""
+        if self.acts == "seal":
+            return torch.full_like(view.lengths, UNLIMITED)
+        return self.wanted(view)
+
+    def wanted(self, view: LayerView) -> Tensor:
+        """(B, H) long: the budget in entries, also where a lane holds fewer. ArgumentError when there is no budget."""
+        budget = Budget.parse(self.budget)
+        if budget is None:
+            raise ArgumentError(f"{type(self).__name__}.budget", None, ALLOWED)
+        return budget.wanted(view)
