@@ -83,7 +83,7 @@ class Pattern:
         return min((e for e in known if e is not None), default=None)
 
     def bind(self, n: int) -> Pattern:
-        """The pattern for a prompt of n real tokens: what depends on n is fixed. Raises ArgumentError if it cannot be."""
+        """The pattern for a prompt of n real tokens: what depends on n is fixed. Raises ArgumentError."""
         at_least("n", n, 1)
         return self._rebuilt(lambda p: p.bind(n))
 

@@ -15,8 +15,8 @@ from regard.patterns.tiles import EMPTY, FULL, PARTIAL
 if TYPE_CHECKING:
     from regard.patterns.algebra import Pattern
 
-STRIP = 1 << 17  # tiles asked at a time: temporaries of a few hundred KiB, which stay in the cache
-ENTRIES = 1 << 19  # entries of PARTIAL tiles evaluated at a time
+STRIP = 1 << 15  # tiles asked at a time: small temporaries, and too few for torch to start threads
+ENTRIES = 1 << 18  # entries of PARTIAL tiles evaluated at a time
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class KeyBlockLists(NamedTuple):
     """For every query block the key blocks to visit, as FlexAttention's `BlockMask.from_kv_blocks` takes them.
 
     Counts (B or 1, H or 1, nq) int32; indices (B or 1, H or 1, nq, nk) int32, ascending, the first `count` of each row
-    being meant and the rest 0. `kv_*` are the PARTIAL blocks, where the rule must be applied, `full_kv_*` the FULL ones.
+    being meant and the rest 0. `kv_*` are the PARTIAL blocks, where the rule applies, `full_kv_*` the FULL ones.
     """
 
     kv_num_blocks: Tensor
