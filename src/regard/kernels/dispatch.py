@@ -1,0 +1,117 @@
+"""Which executor runs a request. Each says for itself what it refuses; here is only the order of asking."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from regard.errors import UnknownNameError, UnsupportedError
+from regard.kernels import flex, sdpa
+from regard.kernels.reference import attention as reference
+from regard.kernels.request import Request
+
+
+class Executor(Protocol):
+    """A module that computes attention."""
+
+    def refuses(self, request: Request) -> str | None:
+        """Why it cannot serve this request exactly; None when it can."""
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """out (B, Hq, N, Dv) in the input dtype, and lse (B, Hq, N) where it has one."""
+
+
+# A new executor is one more entry here and a place in `preference`.
+EXECUTORS: MappingProxyType[str, Executor] = MappingProxyType({"reference": reference, "sdpa": sdpa, "flex": flex})
+
+_EXPENSIVE = 1 << 24  # logits per head from which the reference on a GPU is announced
+_SMALL = 1 << 22  # logits per head up to which a drawn mask beats compiling a kernel for it
+_announced: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which executor ran, why it, and why those before it in the order did not."""
+
+    executor: str
+    reason: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.executor}: {self.reason}"] + [f"not {name}: {why}" for name, why in self.refused]
+        return "\n".join(lines)
+
+
+def preference(request: Request) -> tuple[tuple[str, ...], str]:
+    """The order in which executors are asked under backend="auto", and the reason for it."""
+    if not request.q.is_cuda:
+        return ("sdpa", "reference", "flex"), "off the GPU torch's fused attention leads, and flex is not fused"
+    logits = request.q.shape[2] * request.k.shape[2]
+    if sdpa.fused(request):
+        return ("sdpa", "flex", "reference"), "no mask has to be drawn, so torch's fused attention leads"
+    if logits <= _SMALL:
+        return ("sdpa", "flex", "reference"), "so small a mask is cheaper to draw than a kernel is to compile"
+    return ("flex", "sdpa", "reference"), "flex skips the tiles that the pattern leaves empty"
+
+
+def choose(request: Request, backend: str) -> Explanation:
+    """The executor for this request.
+
+    Raises UnknownNameError for a name nobody has and UnsupportedError when the one asked for (or, under "auto", every
+    one) refuses, with its reason and the executors that would serve.
+    """
+    if backend == "auto":
+        order, why = preference(request)
+        refused: list[tuple[str, str]] = []
+        for name in order:
+            reason = EXECUTORS[name].refuses(request)
+            if reason is None:
+                _announce_expensive(request, name, refused)
+                return Explanation(
+                    name, why if not refused else "the first in the order that serves this", tuple(refused)
+                )
+            refused.append((name, reason))
+        raise UnsupportedError("no executor serves this: " + "; ".join(f"{name}: {reason}" for name, reason in refused))
+    if backend not in EXECUTORS:
+        raise UnknownNameError("backend", backend, (*EXECUTORS, "auto"))
+    reason = EXECUTORS[backend].refuses(request)
+    if reason is not None:
+        others = [name for name, executor in EXECUTORS.items() if executor.refuses(request) is None]
+        serving = f"served by: {', '.join(others)}" if others else "no executor serves this"
+        raise UnsupportedError(f"backend={backend!r} refuses: {reason}; {serving}")
+    return Explanation(backend, "asked for by name")
+
+
+def dispatch(request: Request, backend: str) -> tuple[Tensor, Tensor | None, Explanation]:
+    """Choose and run."""
+    if request.q.numel() == 0 or request.k.numel() == 0:
+        return *_nothing(request), Explanation("none", "there are no queries or no keys")
+    explanation = choose(request, backend)
+    out, lse = EXECUTORS[explanation.executor].run(request)
+    return out, lse, explanation
+
+
+def _announce_expensive(request: Request, name: str, refused: list[tuple[str, str]]) -> None:
+    size = request.q.shape[2] * request.k.shape[2]
+    if name != "reference" or not request.q.is_cuda or size < _EXPENSIVE:
+        return
+    reasons = "; ".join(f"{other}: {reason}" for other, reason in refused)
+    if reasons not in _announced:
+        _announced.add(reasons)
+        warnings.warn(
+            f"attend runs the plain torch reference on a GPU because no faster executor serves it ({reasons})",
+            stacklevel=4,
+        )
+
+
+def _nothing(request: Request) -> tuple[Tensor, Tensor]:
+    q, sinks = request.q, request.sinks
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=request.statistics)
+    if sinks is not None:
+        lse = sinks.to(lse.dtype)[None, :, None].expand(lse.shape)
+    return q.new_zeros((*q.shape[:3], request.v.shape[3])), lse

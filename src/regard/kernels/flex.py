@@ -1,0 +1,127 @@
+"""torch's FlexAttention, told by tile answers which blocks to visit: compiled on a GPU, unfused off it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from regard.kernels.merge import apply_sinks
+from regard.kernels.request import Request
+from regard.kernels.tiles import FULL, PARTIAL, tile_kinds
+
+BLOCK = 128
+
+
+def refuses(request: Request) -> str | None:
+    """Why FlexAttention cannot serve this, or None."""
+    q, width = request.q, request.v.shape[3]
+    if request.normalizer is not None:
+        return "FlexAttention has no normalizer but softmax"
+    if q.device.type not in ("cpu", "cuda"):
+        return f"FlexAttention is not used here on device {q.device.type}"
+    if not q.is_cuda:
+        return "FlexAttention has no backward off the GPU" if request.needs_grad else None
+    if q.dtype == torch.float64:
+        return "compiled FlexAttention has no float64"
+    if q.shape[3] < 16 or width < 16:
+        return f"compiled FlexAttention needs head widths of at least 16, got {q.shape[3]} and {width}"
+    return None
+
+
+def run(request: Request) -> tuple[Tensor, Tensor | None]:
+    """out (B, Hq, N, Dv) and lse (B, Hq, N), natural logarithm; lse is None when nothing needs it."""
+    q = request.q
+    k, v = request.clean_kv()
+    block_mask = None if request.pattern is None and request.exists is None else block_mask_of(request)
+    wants_lse = request.return_lse or request.sinks is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")  # asked for, on a CPU
+        result = _kernel(q.is_cuda)(
+            q,
+            k,
+            v,
+            score_mod=_score_mod(request),
+            block_mask=block_mask,
+            scale=request.scale,
+            enable_gqa=request.group > 1,
+            return_aux=AuxRequest(lse=True) if wants_lse else None,
+        )
+    if not wants_lse:
+        return result, None
+    out, lse = result[0], result[1].lse
+    return (out, lse) if request.sinks is None else apply_sinks(out, lse, request.sinks)
+
+
+@cache
+def _kernel(compiled: bool) -> Callable[..., Any]:
+    # static shapes: each length gets its own kernel, but none is slower for lengths that came before it
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def block_mask_of(request: Request, block: int = BLOCK) -> BlockMask:
+    """FlexAttention's BlockMask from tile answers: time in tiles, never N·M."""
+    kinds = tile_kinds(request, block, block)
+    partial, full = (_lists(kinds == kind) for kind in (PARTIAL, FULL))
+    return BlockMask.from_kv_blocks(
+        *partial,
+        *full,
+        BLOCK_SIZE=(block, block),
+        mask_mod=_mask_mod(request),
+        seq_lengths=(request.q.shape[2], request.k.shape[2]),
+    )
+
+
+def _lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, nq, nk) bool → how many (B, H, nq), and which, first (B, H, nq, nk): int32."""
+    order = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+def _mask_mod(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The exact rule inside PARTIAL tiles, at the true positions of slots."""
+    pattern, exists, group = request.pattern, request.exists, request.group
+    at = _looker_up(request)
+
+    def mask(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if exists is None:
+            assert pattern is not None
+            return pattern.rule(b, h, *at(b, h, row, column))
+        there = exists[b if exists.shape[0] > 1 else 0, h // group if exists.shape[1] > 1 else 0, column]
+        return there if pattern is None else there & pattern.rule(b, h, *at(b, h, row, column))
+
+    return mask
+
+
+def _score_mod(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """Soft cap, then score, as the reference has them."""
+    softcap, score = request.softcap, request.score
+    if softcap is None and score is None:
+        return None
+    at = _looker_up(request)
+
+    def modify(logit: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if softcap is not None:
+            logit = softcap * torch.tanh(logit / softcap)
+        return logit if score is None else score(logit, b, h, *at(b, h, row, column))
+
+    return modify
+
+
+def _looker_up(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(b, h, row, column) → (query position, key position)."""
+    if request.aligned:
+        offset = request.k.shape[2] - request.q.shape[2]
+        return lambda b, h, row, column: (row + offset, column)
+    i, j, group = request.q_positions, request.kv_positions, request.group
+
+    def at(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        query = i[b if i.shape[0] > 1 else 0, row]
+        return query, j[b if j.shape[0] > 1 else 0, h // group if j.shape[1] > 1 else 0, column]
+
+    return at

@@ -1,0 +1,76 @@
+"""torch's scaled_dot_product_attention: dense and causal at full speed, anything else under masks built in strips."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.kernels.request import Request
+from regard.kernels.strips import height_for, over_strips
+
+_WORTH_WIDENING = 128  # queries from which the fused kernels' need for D = Dv is worth a padded copy
+
+
+def refuses(request: Request) -> str | None:
+    """Why torch's kernels cannot do this exactly, or None."""
+    for name in ("score", "normalizer", "softcap", "sinks"):
+        if getattr(request, name) is not None:
+            return f"scaled_dot_product_attention has no {name}"
+    if request.return_lse:
+        return "scaled_dot_product_attention returns no log-sum-exp"
+    return None
+
+
+def fused(request: Request) -> bool:
+    """Whether no mask has to be drawn: everything visible, or plain causal over aligned positions."""
+    return request.exists is None and (request.pattern is None or _plainly_causal(request))
+
+
+def run(request: Request) -> tuple[Tensor, None]:
+    """out (B, Hq, N, Dv); there is no log-sum-exp."""
+    k, v = request.clean_kv()
+    q, width = request.q, v.shape[3]
+    if q.shape[3] != width and q.shape[2] >= _WORTH_WIDENING:  # zeros add nothing to q·k; the output's are cut off
+        q, k, v = (F.pad(x, (0, max(q.shape[3], width) - x.shape[3])) for x in (q, k, v))
+    if fused(request):
+        causal = request.pattern is not None and q.shape[2] > 1
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=request.scale, enable_gqa=grouped)
+        return out[..., :width], None
+
+    def strip(rows: slice, keys: slice, masked: bool) -> tuple[Tensor, Tensor]:
+        visible = request.visible(rows, keys) if masked else None
+        out = _masked(q[:, :, rows], k[:, :, keys], v[:, :, keys], visible, request.scale)
+        return out, out.new_empty((*out.shape[:3], 0))
+
+    return over_strips(request, height_for(request), strip)[0][..., :width], None
+
+
+def _plainly_causal(request: Request) -> bool:
+    from regard.patterns import causal
+
+    n, m = request.q.shape[2], request.k.shape[2]
+    return request.aligned and n in (1, m) and request.pattern == causal()
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Attention under a mask (B or 1, Hq or 1, n, m); rows that see nothing come out as zeros, with zero gradients.
+
+    The heads of a group are laid below one another as queries of their key head, since not every fused kernel
+    serves groups under a mask without repeating the keys.
+    """
+    batch, heads, n, width = q.shape
+    group = heads // k.shape[1]
+    stacked = q.reshape(batch, k.shape[1], group * n, width)
+    if visible is None:
+        return F.scaled_dot_product_attention(stacked, k, v, scale=scale).view(batch, heads, n, -1)
+    something = visible.any(-1, keepdim=True)
+    mask = visible | ~something  # torch leaves rows without a key undefined: let them see all, then drop what they saw
+    if group > 1:
+        mask = (
+            mask.unflatten(1, (-1, group)) if mask.shape[1] == heads else mask[:, :, None].expand(-1, -1, group, -1, -1)
+        )
+        mask = mask.flatten(2, 3)
+    out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scale).view(batch, heads, n, -1)
+    return torch.where(something, out, torch.zeros((), dtype=out.dtype, device=out.device))
