@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from regard.errors import UnknownNameError
@@ -65,5 +66,6 @@ def _card(entry: Entry) -> str:
         ("paper", str(entry.paper) if entry.paper else ""),
         ("code", f"{entry.factory.__module__}.{entry.factory.__qualname__}"),
     ]
-    text = (entry.factory.__doc__ or "").strip()
-    return "\n".join([head, *(f"  {name + ':':<10}{value}" for name, value in rows if value), *(["", text] if text else [])])
+    lines = [head, *(f"  {name + ':':<10}{value}" for name, value in rows if value)]
+    text = inspect.getdoc(entry.factory)
+    return "\n".join([*lines, "", text] if text else lines)

@@ -1,1 +1,15 @@
-""""""
+"""Papers' headline claims, measured again: one function per claim, results as JSON, a table made from them.
+
+    entries()          the claims
+    run(id, out)       measure one and write what came out, with the machine and the versions
+    table(folder)      the recorded results as markdown
+
+Results of ours lie in `results/` beside this file and travel with the package.
+"""
+
+from regard.evidence.claim import Claim, Measured, Settings, claim
+from regard.evidence.claim import all_claims as entries
+from regard.evidence.record import Record, read, run
+from regard.evidence.report import table
+
+__all__ = ["Claim", "Measured", "Record", "Settings", "claim", "entries", "read", "run", "table"]

@@ -1,0 +1,107 @@
+"""A claim of a paper, and the function that measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal, get_args
+
+from regard.errors import UnknownNameError, require
+from regard.registry import Paper, import_all
+
+Verdict = Literal["reproduced", "partly", "not reproduced", "not run"]
+Need = Literal["cpu", "smollm2", "h100"]
+"""cpu: nothing but the package; smollm2: the packaged model and texts, on any device; h100: timings on that GPU."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a claim. quick: the smallest sizes, to see that the code runs; its verdict means nothing."""
+
+    seed: int = 0
+    quick: bool = False
+
+    def pick(self, full: Any, quick: Any) -> Any:
+        """`quick` in a quick run, else `full`."""
+        return quick if self.quick else full
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out. value: the one number of the table, in the claim's unit. details: everything needed to judge it.
+
+    why: a sentence that holds the figures on which the verdict rests.
+    """
+
+    value: float | None
+    verdict: Verdict
+    why: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.verdict in get_args(Verdict), "verdict", self.verdict, ", ".join(get_args(Verdict)))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    paper: whom it is of. statement: what they say. figure: the number they give, in their setting. measurement: what is
+    measured here. tolerance: when the verdict is "reproduced", written before measuring. minutes: roughly how long it
+    takes.
+    """
+
+    id: str
+    paper: Paper
+    statement: str
+    figure: str
+    measurement: str
+    unit: str
+    tolerance: str
+    needs: Need
+    minutes: float
+    measure: Callable[[Settings], Measured]
+
+
+_CLAIMS: dict[str, Claim] = {}
+
+
+def claim(
+    id: str,
+    *,
+    paper: Paper,
+    statement: str,
+    figure: str,
+    measurement: str,
+    unit: str,
+    tolerance: str,
+    needs: Need,
+    minutes: float,
+) -> Callable[[Callable[[Settings], Measured]], Callable[[Settings], Measured]]:
+    """Decorator: the function measures this claim. `id` is PAPER/WHAT. Raises ArgumentError when the id is taken."""
+    require(id.count("/") == 1 and id.replace("/", "").replace("-", "").isalnum(), "id", id, "PAPER/WHAT, of a-z 0-9 -")
+    require(needs in get_args(Need), "needs", needs, ", ".join(get_args(Need)))
+
+    def add(measure: Callable[[Settings], Measured]) -> Callable[[Settings], Measured]:
+        held = _CLAIMS.get(id)
+        require(held is None or held.measure.__module__ == measure.__module__, "id", id, "an id not yet taken")
+        _CLAIMS[id] = Claim(id, paper, statement, figure, measurement, unit, tolerance, needs, minutes, measure)
+        return measure
+
+    return add
+
+
+def all_claims(*, needs: Need | None = None) -> list[Claim]:
+    """Every claim, by id; with `needs`, those of that need only."""
+    package = import_module("regard.evidence.claims")
+    import_all(package.__name__, package.__path__)
+    return [_CLAIMS[id] for id in sorted(_CLAIMS) if needs in (None, _CLAIMS[id].needs)]
+
+
+def find(id: str) -> Claim:
+    """The claim of that id; UnknownNameError with the nearest ids otherwise."""
+    for entry in all_claims():
+        if entry.id == id:
+            return entry
+    raise UnknownNameError("claim", id, _CLAIMS)
