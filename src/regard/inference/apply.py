@@ -19,8 +19,9 @@ from regard.inference.policy import MUST, CachePolicy, LayerView
 def select(policy: CachePolicy, view: LayerView) -> tuple[Tensor, Tensor]:
     """What a policy keeps of a layer: index (B, H, K) long into the view's slots, in order of position; counts (B, H).
 
-    K is the largest count; beyond a lane's count its index is 0 and means nothing. A composition acts in order, each
-    part on what the one before it kept. Raises NotFiniteError, naming the policy, when a score is NaN.
+    The view's slots must be in order of position. K is the largest count; beyond a lane's count its index is 0 and means
+    nothing. A composition acts in order, each part on what the one before it kept. Raises NotFiniteError, naming the
+    policy, when a score is NaN.
     """
     if not isinstance(policy, Composed):
         return _select(policy, view)
@@ -37,9 +38,9 @@ def select(policy: CachePolicy, view: LayerView) -> tuple[Tensor, Tensor]:
 def evict(policy: CachePolicy, view: LayerView, target: Tensor) -> Tensor:
     """(B, H) long: the one slot each lane drops at this step, −1 where it holds no more than `target` (B, H).
 
-    `target` is what `policy.limits` said when the store was sealed. The view is that of the lane with the new entry in
-    it. In a composition each lane obeys the part that allows it fewest entries, the first of them on a tie.
-    Raises NotFiniteError, naming the policy, when a score is NaN.
+    `target` is what `policy.limits` said when the store was sealed. The view holds the new entry; its slots may be in
+    any order, positions tell them apart. In a composition each lane obeys the part that allows it fewest entries, the
+    first of them on a tie. Raises NotFiniteError, naming the policy, when a score is NaN.
     """
     if not isinstance(policy, Composed):
         return _evict(policy, view, target)
@@ -53,7 +54,10 @@ def evict(policy: CachePolicy, view: LayerView, target: Tensor) -> Tensor:
 
 
 def narrow(view: LayerView, index: Tensor, counts: Tensor) -> LayerView:
-    """The view that is left when each lane keeps `counts` (B, H) entries, those of `index` (B, H, K)."""
+    """The view that is left when each lane keeps `counts` (B, H) entries, those of `index` (B, H, K).
+
+    Sums and rows already observed are those over all keys; `weights()` afterwards are over the keys that are left.
+    """
     real = torch.arange(index.shape[-1], device=index.device) < counts[..., None]
 
     def pick(values: Tensor | None) -> Tensor | None:
@@ -122,11 +126,11 @@ def _select(policy: CachePolicy, view: LayerView) -> tuple[Tensor, Tensor]:
 def _evict(policy: CachePolicy, view: LayerView, target: Tensor) -> Tensor:
     over = view.lengths > target
     score = _scores(policy, replace(view, target=torch.minimum(target, view.lengths)))
-    length = score.shape[-1]
     lowest = score.masked_fill(~view.exists, MUST).amin(-1, keepdim=True)
     _finite(policy, lowest.isnan().any())
-    slot = torch.arange(length, device=score.device)
     equal = view.exists & (score == lowest)
-    latest = torch.where(equal, slot, -1).amax(-1)  # of equals the earlier stays …
-    oldest = torch.where(equal, slot, length).amin(-1)  # … but of MUST entries the most recent do
+    latest = view.positions.masked_fill(~equal, -1).argmax(-1)  # of equals the earlier stays …
+    oldest = view.positions.masked_fill(~equal, torch.iinfo(view.positions.dtype).max).argmin(
+        -1
+    )  # … but of MUST entries the most recent do
     return torch.where(lowest[..., 0] == MUST, oldest, latest).masked_fill(~over, -1)

@@ -54,6 +54,18 @@ class Content(NamedTuple):
     v: Tensor
     positions: Tensor
 
+    @classmethod
+    def empty(
+        cls, lanes: int, capacity: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Content:
+        """Uninitialised."""
+        slots = (lanes, capacity)
+        return cls(
+            torch.empty((*slots, key_dim), dtype=dtype, device=device),
+            torch.empty((*slots, value_dim), dtype=dtype, device=device),
+            torch.empty(slots, dtype=torch.int32, device=device),
+        )
+
     def at(self, *where: slice | Tensor) -> Content:
         """The same place of all three. A copy when a tensor is among the indices, else views."""
         return Content(self.k[where], self.v[where], self.positions[where])
@@ -74,29 +86,55 @@ class Group:
 
     def __init__(self, content: Content, lanes: Tensor, lengths: Tensor, heads: int, complete: bool) -> None:
         device = content.k.device
-        self.content, self.lanes, self.complete = content, lanes, complete
-        self.capacity = content.k.shape[1]
+        self.content, self.lanes, self.complete, self.capacity = content, lanes, complete, content.k.shape[1]
         self.lanes_there = lanes.to(device, non_blocking=True)
         self.rows, self.heads = self.lanes_there // heads, self.lanes_there % heads
         self.order = torch.arange(len(lanes), device=device)
+        self._shape = (len(lanes) // heads, heads, self.capacity)
+        self._by_row: Content | None = None
         self._holders: WeakSet[Group] | None = None
         self.set_lengths(lengths)
 
     def set_lengths(self, lengths: Tensor) -> None:
         """lengths (G,) long on the CPU."""
-        self.lengths = lengths
         self.shortest, self.longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
-        self.lengths_there = lengths.to(self.order.device, non_blocking=True)
+        self._lengths = (lengths, 0)
+        self._lengths_there = (lengths.to(self.order.device, non_blocking=True), 0)
 
     def grow(self, n: int) -> None:
-        """Every lane is longer by n."""
-        self.lengths, self.lengths_there = self.lengths + n, self.lengths_there + n
+        """Every lane is longer by n. Nothing is computed until a length is asked for: this runs at every token."""
         self.shortest, self.longest = self.shortest + n, self.longest + n
+        (here, due), (there, due_there) = self._lengths, self._lengths_there
+        self._lengths, self._lengths_there = (here, due + n), (there, due_there + n)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(G,) long, on the CPU."""
+        here, due = self._lengths
+        if due:
+            self._lengths = (here + due, 0)
+        return self._lengths[0]
+
+    @property
+    def lengths_there(self) -> Tensor:
+        """(G,) long, on the device."""
+        there, due = self._lengths_there
+        if due:
+            self._lengths_there = (self.lengths if there.device.type == "cpu" else there + due, 0)
+        return self._lengths_there[0]
 
     @property
     def uniform(self) -> int | None:
         """The length of all lanes, if they have one."""
         return self.longest if self.longest == self.shortest else None
+
+    @property
+    def by_row(self) -> Content:
+        """A complete group's content as (B, H, C, …), without a copy."""
+        if self._by_row is None:
+            with plain_tensors():
+                self._by_row = Content(*(x.view(*self._shape, *x.shape[2:]) for x in self.content))
+        return self._by_row
 
     def absent(self) -> Tensor:
         """bool (G, longest): slots beyond their lane's length."""
@@ -119,7 +157,7 @@ class Group:
         if len(self._holders) > 1:
             self._holders.discard(self)
             with plain_tensors():
-                self.content = Content(*(x.clone() for x in self.content))
+                self.content, self._by_row = Content(*(x.clone() for x in self.content)), None
         self._holders = None
 
 

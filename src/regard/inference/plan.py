@@ -44,7 +44,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str | Plan) -> Plan:
-        """From its text form; a plan comes back as it is. Raises ArgumentError, with the nearest names for a wrong one."""
+        """From its text form; a plan comes back as it is. Raises ArgumentError, naming the nearest names."""
         if isinstance(text, Plan):
             return text
         parts = read(text)

@@ -31,6 +31,11 @@ class Needs:
     column_sums: bool = False
     last_row: bool = False
 
+    @property
+    def any(self) -> bool:
+        """Is there anything to observe?"""
+        return bool(self.last_queries or self.column_sums or self.last_row)
+
     def __or__(self, other: Needs) -> Needs:
         return Needs(
             max(self.last_queries, other.last_queries),
@@ -41,7 +46,7 @@ class Needs:
 
 @dataclass
 class LayerView:
-    """One layer's store as a policy sees it: lanes side by side, padded at the end, sorted by position.
+    """One layer's store as a policy sees it: lanes side by side, padded at the end, sorted by position when sealed.
 
     layer: this layer's number, of `layers` that cache. k (B, H, L, D), v (B, H, L, Dv); positions (B, H, L) long, the
     token's number among the row's real tokens, −1 where a lane has ended (k, v and the rest may hold anything there);
@@ -69,7 +74,7 @@ class LayerView:
     visible: Tensor | None = None
     """(B, H or 1, W, L) bool: which stored keys each of last_queries may see."""
     window_weights: Tensor | None = None
-    """(B, H, G, W, L) float32: the weights of last_queries where cached keys are not what they attend to (latent attention)."""
+    """(B, H, G, W, L) float32: weights of last_queries where cached keys are not what they attend to (latent attention)."""
     target: Tensor | None = None
 
     @property
@@ -115,6 +120,8 @@ class CachePolicy:
 
     acts: ClassVar[Literal["seal", "step"]] = "seal"
     growth: ClassVar[str] = "every generated token"
+    per_head: ClassVar[bool] = False
+    """Must KV heads keep different entries? Refused where a layer caches one latent for all heads."""
     budget: Budget | int | float | str | None
 
     @property
@@ -129,6 +136,9 @@ class CachePolicy:
     def needs_at(self, layer: int) -> Needs:
         """What must be observed in one layer: `needs()`, or nothing where the policy leaves the layer alone."""
         return self.needs()
+
+    def check_model(self, heads: list[int]) -> None:
+        """Raise ArgumentError when the policy's data does not fit a model with so many KV heads in each caching layer."""
 
     def importance(self, view: LayerView) -> Tensor:
         """(B, H, L) float: larger = keep; MUST = stays whatever the budget (counted in it), NEVER = goes first.

@@ -101,10 +101,10 @@ class RaggedKV:
             group.own()
             start = group.uniform
             if start is not None and group.complete:
-                held = self._by_row(group)
-                held.k.narrow(2, start, new).copy_(k)
-                held.v.narrow(2, start, new).copy_(v)
-                held.positions.narrow(2, start, new).copy_(positions.unsqueeze(1))
+                held, end = group.by_row, start + new
+                held.k[:, :, start:end] = k
+                held.v[:, :, start:end] = v
+                held.positions[:, :, start:end] = positions[:, None]
             else:
                 values = Content(k[group.rows, group.heads], v[group.rows, group.heads], positions[group.rows])
                 if start is not None:
@@ -161,7 +161,7 @@ class RaggedKV:
         length = group.uniform
         if length is None or not group.complete:
             return None
-        held = self._by_row(group)
+        held = group.by_row
         return held.k.narrow(2, 0, length), held.v.narrow(2, 0, length), held.positions.narrow(2, 0, length)
 
     def padded(self, sort: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,17 +246,22 @@ class RaggedKV:
             require(fits, "slot", here.tolist(), f"−1 or a slot below the lane's length, {self.lengths.tolist()}")
             active = here >= 0
         require(active.shape == lanes, "active", shape_of(active), f"a shape {lanes}")
-        require(bool((self.lengths[active] > 0).all()), "active", active.tolist(), "lanes that hold entries")
+        everyone = bool(active.all())
+        held = all(g.shortest > 0 for g in self._groups) or bool((self.lengths > 0)[active].all())
+        require(held, "active", active.tolist(), "lanes that hold entries")
         on, slot = active.reshape(-1), slot.to(self.device).reshape(-1)
         for group in self._groups:
-            here = on[group.lanes]
-            if not bool(here.any()):
-                continue
+            if everyone:
+                which, from_lane = group.order, group.lanes_there
+            else:
+                here = on[group.lanes]
+                if not bool(here.any()):
+                    continue
+                which = self._there(here.nonzero().view(-1))
+                from_lane = group.lanes_there[which]
             group.own()
-            everyone = bool(here.all())
-            which = group.order if everyone else self._there(here.nonzero().view(-1))
-            to, last = slot[group.lanes_there[which]], group.lengths_there[which] - 1
-            group.content.write(which, to, group.content.at(which, last))
+            last = (group.lengths_there if everyone else group.lengths_there[which]) - 1
+            group.content.write(which, slot[from_lane], group.content.at(which, last))
             if everyone:
                 group.grow(-1)
             else:
@@ -355,19 +360,10 @@ class RaggedKV:
         return store
 
     def _empty(self, lanes: int, capacity: int) -> Content:
-        def new(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.empty((lanes, capacity, *shape), dtype=dtype, device=self.device)
-
-        return Content(new(self.key_dim), new(self.value_dim), new(dtype=torch.int32))
+        return Content.empty(lanes, capacity, self.key_dim, self.value_dim, self.dtype, self.device)
 
     def _group(self, content: Content, lanes: Tensor, lengths: Tensor) -> Group:
         return Group(content, lanes, lengths, self.heads, complete=len(lanes) == self.batch * self.heads)
-
-    def _by_row(self, group: Group) -> Content:
-        """A complete group's content as (B, H, C, …), without a copy."""
-        lanes = (self.batch, self.heads, group.capacity)
-        k, v, positions = group.content
-        return Content(k.view(*lanes, self.key_dim), v.view(*lanes, self.value_dim), positions.view(lanes))
 
     def _fitting(self, lengths: Tensor) -> Tensor:
         """Capacities (lanes,) for these lengths: a lane stays where it is while it fits and wastes at most a page."""

@@ -25,8 +25,7 @@ def sinks_and_recent(view: LayerView, sinks: int) -> Tensor:
     """
     place = view.positions.double()
     score = torch.where(view.positions < sinks, _AHEAD - place, place)
-    slot = torch.arange(view.positions.shape[-1], device=place.device)
-    return score.masked_fill(slot == view.lengths[..., None] - 1, MUST)
+    return score.masked_fill(place == place.amax(-1, keepdim=True), MUST)
 
 
 @register("streaming", kind="cache", paper=_PAPER, families=("kv-cache", "sparse-inference"), cost="memory O(budget)")

@@ -1,0 +1,319 @@
+"""`attach`: put the seam into a pretrained model, and take it out again without a trace."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from regard.errors import ArgumentError, AttachError, RegardError, StoreError
+from regard.inference import persist
+from regard.inference.cache import HybridKVLayer, KVLayer
+from regard.inference.compose import Scoped, parts_of
+from regard.inference.interface import NAME, OWNERS, Pass, Passes
+from regard.inference.plan import Plan
+from regard.inference.policy import Needs
+from regard.inference.store import KVStore
+
+PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+HYBRID_LAYERS = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
+
+
+def attach(model: nn.Module, plan: Plan | str = "full", *, observe: Sequence[Plan | str] = ()) -> Attached:
+    """Serve `model` under `plan` until the context ends or `detach()` is called.
+
+    model: a transformers decoder, or a wrapper of one (PEFT). plan: see `regard.Plan`. observe: further plans that a store
+    may be forked to after a prompt under this one. While attached, `model(...)` and `model.generate(...)` work as always
+    and keep the past in a `KVStore`.
+
+    Raises AttachError for a model whose attention does not go through transformers' AttentionInterface, for one already
+    attached, and for a plan that the model cannot serve; the model is then as it was.
+
+        with regard.attach(model, "snapkv(budget=512)"):
+            model.generate(**inputs, max_new_tokens=64)
+    """
+    return Attached(model, _plan(plan), [_plan(p) for p in observe])
+
+
+class Attached:
+    """A model under a plan; a context manager. Made by `attach`."""
+
+    def __init__(self, model: nn.Module, plan: Plan, observe: Sequence[Plan] = ()) -> None:
+        self.model, self.plan = model, plan
+        self.observe = (plan, *observe)
+        self.passes = Passes()
+        self._root = _decoder(model)
+        self._names = inspect.signature(self._root.forward)
+        self._hooks: list[Any] = []
+        self._configs: list[tuple[nn.Module, PreTrainedConfig]] = []
+        self._stores: WeakKeyDictionary[Cache, KVStore] = WeakKeyDictionary()
+        self._direct: list[bool] = []
+        self._own_cache = False
+        for module in self._root.modules():
+            if module in OWNERS:
+                raise AttachError(f"{type(self._root).__name__} is attached already, to {OWNERS[module].plan}; detach it first")
+        try:
+            self._put_in()
+            self._probe()
+        except BaseException:
+            self.detach()
+            raise
+
+    # ---- in and out
+
+    def _put_in(self) -> None:
+        """Each module's configuration is exchanged for a copy that names our attention; two hooks frame each forward."""
+        copies: dict[int, Any] = {}
+        for module in self.model.modules():
+            config = module.__dict__.get("config")
+            if isinstance(config, PreTrainedConfig):
+                self._configs.append((module, config))
+                module.config = copy.deepcopy(config, copies)
+        for module, _ in self._configs:
+            for config in _with_parts(module.config):
+                config._attn_implementation_internal = NAME
+        for module in self._root.modules():
+            OWNERS[module] = self
+        self._hooks = [
+            self._root.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._root.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Undo everything. Stores made meanwhile keep their content but can be filled no more."""
+        for hook in self._hooks:
+            hook.remove()
+        for module, config in self._configs:
+            module.config = config
+        for module in self._root.modules():
+            if OWNERS.get(module) is self:
+                del OWNERS[module]
+        self._hooks, self._configs = [], []
+        self.passes.current = None
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    # ---- stores
+
+    def new_store(self) -> KVStore:
+        """An empty store for a prompt of this model."""
+        if self._own_cache:
+            raise AttachError(f"{type(self._root).__name__} insists on a cache class of its own: only prefill parts apply")
+        return KVStore(self)
+
+    def load_store(self, path: str | Path) -> KVStore:
+        """A store saved by `store.save(path)` under the same model and plan. StoreError when it does not fit."""
+        return persist.load(self, path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        return self._root.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self._root.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the model in saved stores: its class and a digest of its configuration."""
+        config = self._root.config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return f"{type(self._root).__name__}-{digest}"
+
+    def needs(self, layer: int) -> Needs:
+        """What must be observed of a prompt in that layer, for the plan and for those it may fork to."""
+        total = Needs()
+        for plan in self.observe:
+            total = total | plan.cache.needs_at(layer)
+        return total
+
+    def make_layers(self, store: KVStore) -> list[Any]:
+        """Our layers where transformers' cache for this model has attention layers, its own layers elsewhere."""
+        template = DynamicCache(config=self._root.config.get_text_config(decoder=True))
+        layers: list[Any] = []
+        number = 0
+        for layer in template.layers:
+            kind = type(layer).__name__
+            direct = self._direct[number] if number < len(self._direct) else False
+            if kind in PLAIN_LAYERS:
+                layers.append(KVLayer(store, number, direct))
+                number += 1
+            elif kind in HYBRID_LAYERS:
+                layers.append(HybridKVLayer(store, number, direct, getattr(layer, "number_of_states", 1)))
+                number += 1
+            elif isinstance(layer, CacheLayerMixin):
+                raise AttachError(f"{type(self._root).__name__} caches in a {kind}, which the seam does not replace")
+            else:
+                layers.append(layer)
+        return layers
+
+    # ---- a forward
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put our store where the model, or generate(), would put its own."""
+        if self.passes.current is not None:
+            raise AttachError("this model is already inside a forward in this thread")
+        bound = self._names.bind_partial(*args, **kwargs)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ArgumentError("input_ids", None, "token ids (B, N) or inputs_embeds (B, N, C)")
+        if given.get("output_attentions"):
+            raise ArgumentError("output_attentions", True, "False: attention maps are never materialised while attached")
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ArgumentError("attention_mask", _kind(mask), "a (B, columns) mask of real tokens, or None")
+        batch, n = tokens.shape[:2]
+        if n == 0 or batch == 0:
+            raise ArgumentError("input_ids", f"shape {tuple(tokens.shape)}", "at least one row and one token")
+        store = self._store(given, tokens)
+        if store is None:
+            padding = None if mask is None else mask.bool()
+        else:
+            forward = store.begin(batch, n, mask, tokens.device)
+            padding = None if mask is None or (forward.real is None and store.real is None) else mask.bool()
+            kwargs = {**kwargs, "past_key_values": store}
+            args = args[: _before_argument(self._names, "past_key_values")]
+            for name in list(bound.arguments)[len(args) :]:  # positional ones after it go on by name
+                if name not in ("past_key_values", "kwargs"):
+                    kwargs.setdefault(name, bound.arguments[name])
+        self.passes.current = Pass(store, batch, n, padding)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        now, self.passes.current = self.passes.current, None
+        if now is not None and now.store is not None:
+            now.store.end(failed=output is None)
+
+    def _store(self, given: dict[str, Any], tokens: Tensor) -> KVStore | None:
+        cache = given.get("past_key_values")
+        use = given.get("use_cache")
+        if self._own_cache:
+            return None
+        if isinstance(cache, KVStore):
+            if cache.caching_layers != len(self._direct) or cache.attached is not self:
+                raise StoreError("past_key_values: this store was made for another attachment")
+            return cache
+        if cache is None:
+            wanted = getattr(self._root.config, "use_cache", True) if use is None else use
+            return self.new_store() if wanted else None
+        if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+            raise ArgumentError("past_key_values", type(cache).__name__, "None, a DynamicCache in memory, or a store of ours")
+        if cache in self._stores:
+            return self._stores[cache]
+        if cache.get_seq_length() > 0:
+            raise ArgumentError("past_key_values", "a DynamicCache that was filled elsewhere", "an empty one, or a store of ours")
+        self._stores[cache] = self.new_store()
+        return self._stores[cache]
+
+    # ---- is it reached?
+
+    def _probe(self) -> None:
+        """Two tokens through the model: does its attention reach us, and does it take keys as the store hands them out?"""
+        root = self._root
+        name = type(root).__name__
+        device = root.get_input_embeddings().weight.device
+        tokens = torch.ones(1, 2, dtype=torch.long, device=device)
+        modes = [(m, m.training) for m in root.modules()]
+        devices = [device] if device.type == "cuda" else []
+        root.eval()
+        passes: list[Pass] = []
+        seen = root.register_forward_hook(lambda *_: passes.append(self.passes.current), prepend=True)  # type: ignore[func-returns-value,arg-type]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                root(input_ids=tokens, use_cache=True)
+        except RegardError:
+            raise
+        except Exception as error:
+            raise AttachError(f"{name} does not go through transformers' attention interface: {error}") from error
+        finally:
+            seen.remove()
+            for module, mode in modes:
+                module.training = mode
+        now = passes[-1]
+        if not now.reached:
+            raise AttachError(
+                f"{name}: its attention never asks transformers' AttentionInterface, so setting it would silently change nothing"
+            )
+        if now.store is not None:
+            self._read_probe(now.store, now)
+
+    def _read_probe(self, store: KVStore, now: Pass) -> None:
+        name = type(self._root).__name__
+        updated = {layer.number for layer in store.kv_layers if layer.storage is not None}
+        silent = updated - {layer.number for layer, _ in now.handed}
+        if silent:
+            raise AttachError(f"{name}: {len(silent)} of {len(updated)} layers with a cache do not reach the attention function")
+        direct = dict.fromkeys(range(store.caching_layers), True)
+        for layer, as_handed in now.handed:
+            direct[layer.number] = direct[layer.number] and as_handed
+        self._direct = [direct[i] for i in range(store.caching_layers)]
+        for layer in store.kv_layers:
+            layer.direct = self._direct[layer.number]
+        self._check_plans(store)
+
+    def _check_plans(self, store: KVStore) -> None:
+        """Refuse what this model cannot serve: heads apart where the cache has none, tables of another shape."""
+        layers = store.kv_layers
+        heads = [0 if layer.storage is None else layer.storage.heads for layer in layers]
+        for plan in self.observe:
+            plan.check()
+            for part in parts_of(plan.cache):
+                policy, scope = (part.policy, part.scope) if isinstance(part, Scoped) else (part, None)
+                apart = policy.per_head or (scope is not None and scope.heads is not None)
+                latent = [layer.number for layer in layers if not layer.direct and heads[layer.number] == 1]
+                if apart and latent:
+                    raise AttachError(
+                        f"{part}: layers {latent} cache one latent for all heads, so heads cannot keep different entries"
+                    )
+                policy.check_model(heads)
+
+
+def _plan(plan: Plan | str) -> Plan:
+    return Plan.parse(plan) if isinstance(plan, str) else plan
+
+
+def _decoder(model: nn.Module) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            if module.config.is_encoder_decoder:
+                raise AttachError(f"{type(module).__name__} is an encoder-decoder: the seam serves decoders")
+            return module
+    raise ArgumentError("model", type(model).__name__, "a transformers model, or a wrapper of one")
+
+
+def _with_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    parts = [config]
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            parts.extend(_with_parts(value))
+    return parts
+
+
+def _before_argument(signature: inspect.Signature, name: str) -> int | None:
+    names = list(signature.parameters)
+    return names.index(name) if name in names else None
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
