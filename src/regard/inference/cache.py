@@ -67,9 +67,7 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, dim = key_states.shape
-        self.storage = RaggedKV(
-            batch, heads, dim, value_states.shape[-1], key_states.dtype, key_states.device
-        )
+        self.storage = RaggedKV(batch, heads, dim, value_states.shape[-1], key_states.dtype, key_states.device)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -98,7 +96,10 @@ class KVLayer(CacheLayerMixin):
         length = int(self.storage.lengths.max())
         nan = self.store.nan(k)
         return Given(
-            nan.expand(batch, heads, length, dim), nan.expand(batch, heads, length, v.shape[-1]), fresh=False, stand_in=True
+            nan.expand(batch, heads, length, dim),
+            nan.expand(batch, heads, length, v.shape[-1]),
+            fresh=False,
+            stand_in=True,
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -272,7 +273,9 @@ class KVLayer(CacheLayerMixin):
             view.column_sums = torch.nn.functional.pad(self.sums, (0, missing)).gather(2, at)
         if self.window is not None and self.logits is not None:
             view.last_queries, columns = self.window
-            view.query_positions = self.store.position(torch.arange(len(columns), device=columns.device)[:, None], columns)
+            view.query_positions = self.store.position(
+                torch.arange(len(columns), device=columns.device)[:, None], columns
+            )
             view.scale, view.softcap, view.sinks = self.logits.scale, self.logits.softcap, self.logits.sinks
             if self.window_weights is not None:
                 wide = at[:, :, None, None].expand(-1, -1, *self.window_weights.shape[2:4], -1)

@@ -101,7 +101,9 @@ def attention(
     if owner is None or now is None:
         raise AttachError(f"{type(module).__name__} was called past the attached model: call that model itself")
     if dropout and module.training:
-        raise UnsupportedError(f"attention dropout {dropout}: an attached model computes without; call model.eval() first")
+        raise UnsupportedError(
+            f"attention dropout {dropout}: an attached model computes without; call model.eval() first"
+        )
     if others:
         _check(module, others)
     recipe = attention_mask
@@ -123,9 +125,7 @@ def attention(
     return out.transpose(1, 2), None
 
 
-def _prompt(
-    now: Pass, layer: KVLayer, given: Given, q: Tensor, k: Tensor, v: Tensor, logits: Logits
-) -> Tensor:
+def _prompt(now: Pass, layer: KVLayer, given: Given, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> Tensor:
     """Several tokens at once, or keys that the model has changed since `update`."""
     store = layer.store
     forward = store.forward
@@ -185,7 +185,9 @@ def _loose(owner: Attached, now: Pass, q: Tensor, k: Tensor, v: Tensor, logits: 
     k_columns = torch.arange(recipe.k_offset, recipe.k_offset + m, device=q.device)
     real = q_real = None
     if recipe.padding is not None:
-        padding = torch.nn.functional.pad(recipe.padding.bool(), (0, max(0, recipe.k_offset + m - recipe.padding.shape[1])))
+        padding = torch.nn.functional.pad(
+            recipe.padding.bool(), (0, max(0, recipe.k_offset + m - recipe.padding.shape[1]))
+        )
         real = padding[:, recipe.k_offset : recipe.k_offset + m]
         real = None if bool(real.all()) else real
     fresh = n == m and recipe.q_offset == recipe.k_offset

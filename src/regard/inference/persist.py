@@ -12,7 +12,6 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from regard.errors import StoreError
 from regard.inference.cache import KVLayer
 from regard.inference.ragged import RaggedKV
-from regard.inference.saved import load_state, save_state
 
 if TYPE_CHECKING:
     from regard.inference.seam import Attached
@@ -23,6 +22,8 @@ STATES = ("conv_states", "recurrent_states")
 
 def save(store: KVStore, model: str, path: str | Path) -> None:
     """Write a sealed store; generation resumes from it with the same tokens."""
+    from regard.inference.saved import save_state
+
     if not store.sealed:
         raise StoreError("an unsealed store cannot be saved: call seal() first, so that its plan has acted")
     tensors: dict[str, Tensor] = {"counts": store.counts, "prompt": store.prompt}
@@ -52,6 +53,8 @@ def save(store: KVStore, model: str, path: str | Path) -> None:
 
 def load(attached: Attached, path: str | Path) -> KVStore:
     """The store that `save` wrote, for the same model under the same plan. StoreError when it does not fit."""
+    from regard.inference.saved import load_state
+
     tensors, meta = load_state(path)
     for name, want in (("model", attached.fingerprint), ("plan", str(attached.plan))):
         if meta.get(name) != want:
@@ -82,7 +85,9 @@ def load(attached: Attached, path: str | Path) -> KVStore:
 
 def _restore(layer: KVLayer, own: dict[str, Tensor], device: torch.device) -> None:
     sums, limits = own.pop("sums", None), own.pop("limits", None)
-    layer.storage = RaggedKV.from_state({name: value.to(device) if name != "lengths" else value for name, value in own.items()})
+    layer.storage = RaggedKV.from_state(
+        {name: value.to(device) if name != "lengths" else value for name, value in own.items()}
+    )
     layer.dtype, layer.device = layer.storage.dtype, layer.storage.device
     layer.is_initialized = True
     layer.sums = None if sums is None else sums.to(device)

@@ -62,7 +62,9 @@ class Attached:
         self._own_cache = False
         for module in self._root.modules():
             if module in OWNERS:
-                raise AttachError(f"{type(self._root).__name__} is attached already, to {OWNERS[module].plan}; detach it first")
+                raise AttachError(
+                    f"{type(self._root).__name__} is attached already, to {OWNERS[module].plan}; detach it first"
+                )
         try:
             self._put_in()
             self._probe()
@@ -105,7 +107,9 @@ class Attached:
     def __enter__(self) -> Attached:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     # ---- stores
@@ -113,7 +117,9 @@ class Attached:
     def new_store(self) -> KVStore:
         """An empty store for a prompt of this model."""
         if self._own_cache:
-            raise AttachError(f"{type(self._root).__name__} insists on a cache class of its own: only prefill parts apply")
+            raise AttachError(
+                f"{type(self._root).__name__} insists on a cache class of its own: only prefill parts apply"
+            )
         return KVStore(self)
 
     def load_store(self, path: str | Path) -> KVStore:
@@ -168,7 +174,9 @@ class Attached:
 
     # ---- a forward
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put our store where the model, or generate(), would put its own."""
         if self.passes.current is not None:
             raise AttachError("this model is already inside a forward in this thread")
@@ -179,7 +187,9 @@ class Attached:
         if tokens is None:
             raise ArgumentError("input_ids", None, "token ids (B, N) or inputs_embeds (B, N, C)")
         if given.get("output_attentions"):
-            raise ArgumentError("output_attentions", True, "False: attention maps are never materialised while attached")
+            raise ArgumentError(
+                "output_attentions", True, "False: attention maps are never materialised while attached"
+            )
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ArgumentError("attention_mask", _kind(mask), "a (B, columns) mask of real tokens, or None")
@@ -218,11 +228,15 @@ class Attached:
             wanted = getattr(self._root.config, "use_cache", True) if use is None else use
             return self.new_store() if wanted else None
         if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-            raise ArgumentError("past_key_values", type(cache).__name__, "None, a DynamicCache in memory, or a store of ours")
+            raise ArgumentError(
+                "past_key_values", type(cache).__name__, "None, a DynamicCache in memory, or a store of ours"
+            )
         if cache in self._stores:
             return self._stores[cache]
         if cache.get_seq_length() > 0:
-            raise ArgumentError("past_key_values", "a DynamicCache that was filled elsewhere", "an empty one, or a store of ours")
+            raise ArgumentError(
+                "past_key_values", "a DynamicCache that was filled elsewhere", "an empty one, or a store of ours"
+            )
         self._stores[cache] = self.new_store()
         return self._stores[cache]
 
@@ -263,7 +277,9 @@ class Attached:
         updated = {layer.number for layer in store.kv_layers if layer.storage is not None}
         silent = updated - {layer.number for layer, _ in now.handed}
         if silent:
-            raise AttachError(f"{name}: {len(silent)} of {len(updated)} layers with a cache do not reach the attention function")
+            raise AttachError(
+                f"{name}: {len(silent)} of {len(updated)} layers with a cache do not reach the attention function"
+            )
         direct = dict.fromkeys(range(store.caching_layers), True)
         for layer, as_handed in now.handed:
             direct[layer.number] = direct[layer.number] and as_handed
@@ -316,4 +332,6 @@ def _before_argument(signature: inspect.Signature, name: str) -> int | None:
 
 
 def _kind(value: Any) -> str:
-    return f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )

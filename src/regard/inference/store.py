@@ -80,7 +80,9 @@ class KVStore(Cache):
     def forward(self) -> Forward:
         """The forward under way. AttachError when there is none: the store was used past the attached model."""
         if self._now is None or self._thread != threading.get_ident():
-            raise AttachError("this store is filled by the model it was made for, while attached: call that model itself")
+            raise AttachError(
+                "this store is filled by the model it was made for, while attached: call that model itself"
+            )
         return self._now
 
     @property
@@ -94,7 +96,9 @@ class KVStore(Cache):
     def begin(self, batch: int, n: int, mask: Tensor | None, device: torch.device) -> Forward:
         """A forward of n columns starts. mask (B, columns + n), 1 = real token, or None. Seals before a one-token forward."""
         if self.broken:
-            raise StoreError("a forward over this store failed halfway, when entries had been dropped: start a new store")
+            raise StoreError(
+                "a forward over this store failed halfway, when entries had been dropped: start a new store"
+            )
         require(n >= 1 and batch >= 1, "input_ids", f"shape ({batch}, {n})", "at least one row and one token")
         if self.columns and len(self.counts) != batch:
             raise ArgumentError("input_ids", f"{batch} rows", f"{len(self.counts)} rows, as the store holds")
@@ -102,7 +106,9 @@ class KVStore(Cache):
         if mask is not None:
             total = self.columns + n
             if mask.shape != (batch, total):
-                allowed = f"({batch}, {total}): a column for each of the {self.columns} tokens held and the {n} new ones"
+                allowed = (
+                    f"({batch}, {total}): a column for each of the {self.columns} tokens held and the {n} new ones"
+                )
                 raise ArgumentError("attention_mask", tuple(mask.shape), allowed)
             if not bool(mask[:, self.columns :].all()):
                 real = mask[:, self.columns :].bool().cpu()
@@ -336,7 +342,8 @@ class KVStore(Cache):
     @property
     def is_linear(self) -> list[bool]:
         return [
-            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, KVLayer) for layer in self.layers
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, KVLayer)
+            for layer in self.layers
         ]
 
     @property
