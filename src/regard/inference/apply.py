@@ -19,9 +19,9 @@ from regard.inference.policy import MUST, CachePolicy, LayerView
 def select(policy: CachePolicy, view: LayerView) -> tuple[Tensor, Tensor]:
     """What a policy keeps of a layer: index (B, H, K) long into the view's slots, in order of position; counts (B, H).
 
-    The view's slots must be in order of position. K is the largest count; beyond a lane's count its index is 0 and means
-    nothing. A composition acts in order, each part on what the one before it kept. Raises NotFiniteError, naming the
-    policy, when a score is NaN.
+    The view's slots must be in order of position. K is the largest count; beyond a lane's count its index is 0 and
+    means nothing. A composition acts in order, each part on what the one before it kept. Raises NotFiniteError,
+    naming the policy, when a score is NaN.
     """
     if not isinstance(policy, Composed):
         return _select(policy, view)

@@ -76,6 +76,9 @@ class Scoped(CachePolicy):
     def needs_at(self, layer: int) -> Needs:
         return self.policy.needs_at(layer) if self.scope.has_layer(layer) else Needs()
 
+    def check_model(self, heads: list[int]) -> None:
+        self.policy.check_model(heads)
+
     def importance(self, view: LayerView) -> Tensor:
         if not self.scope.has_layer(view.layer):
             return torch.zeros(view.positions.shape, device=view.positions.device)
@@ -120,6 +123,10 @@ class Composed(CachePolicy):
 
     def needs_at(self, layer: int) -> Needs:
         return _union([part.needs_at(layer) for part in self.parts])
+
+    def check_model(self, heads: list[int]) -> None:
+        for part in self.parts:
+            part.check_model(heads)
 
     def importance(self, view: LayerView) -> Tensor:
         raise NotImplementedError("a composition has no single score: regard.inference.apply runs its parts in order")

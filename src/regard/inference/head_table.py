@@ -1,4 +1,4 @@
-"""A score for every KV head of a model, kept as data: made by one command, served by policies that treat heads apart."""
+"""A score for every KV head of a model, kept as data: made by one command, served by policies that tell heads apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,23 @@ class HeadTable:
 
         Raises ArgumentError naming the file when it is missing, corrupted or foreign, and the packaged names.
         """
-        return _load(str(source))
+        name, packaged = str(source), packaged_tables()
+        if name in packaged:
+            text = (files("regard.inference") / "tables" / f"{name}.json").read_text(encoding="utf-8")
+            return cls.from_json(json.loads(text))
+        path = Path(source)
+        allowed = (
+            f"a .json or .tsv file of head scores, or a packaged table ({', '.join(packaged) or 'there are none'})"
+        )
+        require(path.suffix in (".json", ".tsv"), "head table", repr(name), allowed)
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                return cls.from_json(json.loads(text))
+            rows = tuple(tuple(map(float, line.split())) for line in text.splitlines() if line.strip())
+            return cls(rows, made_by=path.name)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArgumentError("head table", repr(name), f"{allowed}: {error}") from error
 
 
 def packaged_tables() -> list[str]:
@@ -75,25 +90,6 @@ def packaged_tables() -> list[str]:
         if folder.is_dir()
         else []
     )
-
-
-@lru_cache(maxsize=16)
-def _load(source: str) -> HeadTable:
-    packaged = packaged_tables()
-    if source in packaged:
-        text = (files("regard.inference") / "tables" / f"{source}.json").read_text(encoding="utf-8")
-        return HeadTable.from_json(json.loads(text))
-    allowed = f"a .json or .tsv file of head scores, or a packaged table ({', '.join(packaged) or 'there are none'})"
-    suffix = Path(source).suffix
-    require(suffix in (".json", ".tsv"), "head table", repr(source), allowed)
-    try:
-        text = Path(source).read_text(encoding="utf-8")
-        if suffix == ".json":
-            return HeadTable.from_json(json.loads(text))
-        rows = tuple(tuple(map(float, line.split())) for line in text.splitlines() if line.strip())
-        return HeadTable(rows, made_by=Path(source).name)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArgumentError("head table", repr(source), f"{allowed}: {error}") from error
 
 
 def _checked(scores: Any) -> tuple[tuple[float, ...], ...]:

@@ -74,7 +74,7 @@ class LayerView:
     visible: Tensor | None = None
     """(B, H or 1, W, L) bool: which stored keys each of last_queries may see."""
     window_weights: Tensor | None = None
-    """(B, H, G, W, L) float32: weights of last_queries where cached keys are not what they attend to (latent attention)."""
+    """(B, H, G, W, L) float32: weights of last_queries where they attend to other than the cached keys (latent)."""
     target: Tensor | None = None
 
     @property
@@ -138,7 +138,7 @@ class CachePolicy:
         return self.needs()
 
     def check_model(self, heads: list[int]) -> None:
-        """Raise ArgumentError when the policy's data does not fit a model with so many KV heads in each caching layer."""
+        """Raise ArgumentError when the policy's data does not fit a model of so many KV heads in each caching layer."""
 
     def importance(self, view: LayerView) -> Tensor:
         """(B, H, L) float: larger = keep; MUST = stays whatever the budget (counted in it), NEVER = goes first.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -42,12 +42,12 @@ class DuoAttention(CachePolicy):
     `table` scores the KV heads: the name of a packaged table, a .json or .tsv file (see HeadTable), or the scores
     themselves, [[layer 0's heads], …]. Which heads are retrieval heads is said in one of two ways:
 
-    sparsity: this share of the heads streams. τ is the s-quantile of all scores and score ≥ τ retrieves; of equal scores
+    sparsity: this share of the heads streams. τ is that quantile of all scores and score ≥ τ retrieves; of equal scores
     the earlier layer and head retrieves. 0 = none streams, 1 = all stream.
 
     budget: the mean number of entries over all layers and KV heads. As many top-scoring heads retrieve as fit while the
-    others keep sinks + recent; what is left over lengthens windows, evenly, one token more for the higher-scoring heads,
-    so that the mean is exact to the token for a prompt longer than the budget. A budget below sinks + recent shortens
+    others keep sinks + recent; what is left over lengthens windows, evenly, one token more for higher-scoring heads, so
+    that the mean is exact to the token for a prompt longer than the budget. A budget below sinks + recent shortens
     `recent`, and then the sinks, and no head retrieves; one that the prompt does not exceed lets all heads retrieve.
 
     While decoding, retrieval heads grow and windows slide. Raises ArgumentError when the table does not fit the model.
@@ -67,17 +67,13 @@ class DuoAttention(CachePolicy):
         put(self, "budget", budget)
         whole(self, "sinks", 0)
         whole(self, "recent", 1)
-        if isinstance(self.table, HeadTable):
-            put(self, "table", self.table.scores)
-        if self.table is None:
-            names = ", ".join(packaged_tables()) or "there are none"
-            raise ArgumentError(argument(self, "table"), None, f"a file, the scores, or a packaged table ({names})")
+        put(self, "_heads", self._load())
         if not isinstance(self.table, str):
-            put(self, "table", HeadTable(self.table).scores)
-        self.heads  # noqa: B018 — a missing or corrupted file is told now, not at the first forward
+            put(self, "table", self.heads.scores)
         if self.sparsity is not None:
             share = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
             require(share and 0 <= self.sparsity <= 1, argument(self, "sparsity"), self.sparsity, "a number in [0, 1]")
+            put(self, "sparsity", float(self.sparsity))
             require(budget is None, argument(self, "sparsity"), self.sparsity, "either sparsity or a budget, not both")
 
     @property
@@ -86,8 +82,16 @@ class DuoAttention(CachePolicy):
 
     @property
     def heads(self) -> HeadTable:
-        """The table itself."""
-        return HeadTable.load(self.table) if isinstance(self.table, str) else _inline(self.table)  # type: ignore[arg-type]
+        """The table itself, as it was when the policy was made."""
+        return cast(HeadTable, self.__dict__["_heads"])
+
+    def _load(self) -> HeadTable:
+        if self.table is None:
+            names = ", ".join(packaged_tables()) or "there are none"
+            raise ArgumentError(argument(self, "table"), None, f"a file, the scores, or a packaged table ({names})")
+        if isinstance(self.table, str):
+            return HeadTable.load(self.table)
+        return self.table if isinstance(self.table, HeadTable) else HeadTable(self.table)
 
     def importance(self, view: LayerView) -> Tensor:
         return sinks_and_recent(view, self.sinks)
@@ -95,13 +99,18 @@ class DuoAttention(CachePolicy):
     def counts(self, view: LayerView) -> Tensor:
         return torch.minimum(self.limits(view), view.lengths)
 
-    def limits(self, view: LayerView) -> Tensor:
+    def check_model(self, heads: list[int]) -> None:
         table = self.heads
-        shape = (view.layers, view.lengths.shape[1])
-        if table.shape != shape:
-            of = f" of {table.model}" if table.model else ""
-            allowed = f"scores for {shape[0]} layers of {shape[1]} KV heads, as the model has"
-            raise ArgumentError(argument(self, "table"), f"{table.shape[0]} × {table.shape[1]}{of}", allowed)
+        of = f" of {table.model}" if table.model else ""
+        allowed = (
+            f"scores for {len(heads)} layers of {'/'.join(map(str, dict.fromkeys(heads)))} KV heads, as the model has"
+        )
+        fits = heads == [table.shape[1]] * table.shape[0]
+        require(fits, argument(self, "table"), f"{table.shape[0]} × {table.shape[1]}{of}", allowed)
+
+    def limits(self, view: LayerView) -> Tensor:
+        self.check_model([view.lengths.shape[1]] * view.layers)
+        table = self.heads
         if self.sparsity is not None:
             rows = [_by_sparsity(table, self.sparsity, self.sinks + self.recent)] * len(view.prompt)
         else:
@@ -109,11 +118,6 @@ class DuoAttention(CachePolicy):
             window = self.sinks + self.recent
             rows = [_by_budget(table, w, n, window) for w, n in zip(wanted, view.prompt.tolist(), strict=True)]
         return torch.tensor([row[view.layer] for row in rows], device=view.lengths.device)
-
-
-@lru_cache(maxsize=64)
-def _inline(scores: Scores) -> HeadTable:
-    return HeadTable(scores)
 
 
 @lru_cache(maxsize=64)

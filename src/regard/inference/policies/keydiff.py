@@ -14,7 +14,8 @@ from regard.inference.settings import put
 from regard.registry import Paper, register
 
 _PAPER = Paper(
-    "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained Environments",
+    "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained "
+    "Environments",
     "Park et al.",
     2025,
     "2504.15364",

@@ -20,7 +20,7 @@ _PAPER = Paper(
 @register("knorm", kind="cache", paper=_PAPER, families=("kv-cache",), cost="memory O(budget + generated)")
 @dataclass(frozen=True)
 class KeyNorm(CachePolicy):
-    """Keep the keys with the smallest Euclidean norm, as the cache holds them (after rotation, which changes no norm)."""
+    """Keep the keys with the smallest Euclidean norm, as the cache holds them (rotation changes no norm)."""
 
     budget: Budget | int | float | str | None = None
 

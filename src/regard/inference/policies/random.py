@@ -35,7 +35,7 @@ class Random(CachePolicy):
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 64-bit integers whose outputs look independent (the finaliser of SplitMix64; Steele et al. 2014)."""
+    """A bijection of 64-bit integers whose outputs look independent (SplitMix64; Steele et al. 2014)."""
     x = x - 7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
     x = (x ^ _shift(x, 30)) * -4658895280553007687
     x = (x ^ _shift(x, 27)) * -7723592293110705685
