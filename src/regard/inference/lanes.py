@@ -34,19 +34,6 @@ def position_order(positions: Tensor) -> Tensor:
     return positions.masked_fill(positions < 0, ABSENT).argsort(dim=-1, stable=True)
 
 
-class LaneGroup(NamedTuple):
-    """Lanes of one capacity as attention reads them."""
-
-    k: Tensor
-    v: Tensor
-    rows: Tensor
-    heads: Tensor
-    lengths: Tensor
-    positions: Tensor
-    uniform: int | None
-    complete: bool
-
-
 class Content(NamedTuple):
     """k (G, C, Dk), v (G, C, Dv), positions (G, C) int32; or pieces of them."""
 

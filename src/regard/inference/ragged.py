@@ -19,7 +19,6 @@ from regard.inference.lanes import (
     PAGE,
     Content,
     Group,
-    LaneGroup,
     carry,
     check_state,
     plain_tensors,
@@ -27,8 +26,7 @@ from regard.inference.lanes import (
     shape_of,
     whole_pages,
 )
-
-__all__ = ["PAGE", "LaneGroup", "RaggedKV"]
+from regard.kernels.ragged import LaneGroup
 
 
 class RaggedKV:
