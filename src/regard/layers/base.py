@@ -1,0 +1,94 @@
+"""The contract of a layer: one call signature for every mechanism."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.errors import UnsupportedError, require
+from regard.patterns import Pattern
+from regard.registry import entries
+
+Tokens = Float[Tensor, "b n c"]
+Padding = Bool[Tensor, "b n"]
+
+
+class Output(NamedTuple):
+    """What every layer returns.
+
+    out (B, N, C): zeros where `key_padding` says padding (in self-attention).
+    state: a NamedTuple to hand to the next call, or None where there is nothing to carry on (cross-attention).
+    aux: a NamedTuple of what else there is to know (a loss to add, what was selected), or None.
+    """
+
+    out: Tensor
+    state: Any = None
+    aux: Any = None
+
+
+class Layer(nn.Module):
+    """A mechanism as a layer, `(B, N, C) → (B, N, C)`. Made by `regard.create(key, dim=C, heads=H, ...)`.
+
+    A subclass takes `dim` and `heads` and keyword settings, registers itself with `@mechanism(key, ...)`, and says
+    there what it can: `causal` (with `pattern=causal()` or by nature), `bidirectional` (without), `cross` (takes a
+    context), `patterns` (takes any pattern), `gqa` (has a setting `kv_heads`, and `k_proj` / `v_proj` whose rows are
+    those heads), `steps` (takes and returns a state), `compiles`. All take `key_padding`. What is declared is what the
+    conformance suite tests; what is declared False must be refused with an UnsupportedError.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("heads", heads)):
+            require(isinstance(value, int) and value >= 1, name, value, "an int ≥ 1")
+        self.dim, self.heads = dim, heads
+
+    def forward(
+        self,
+        x: Tokens,
+        context: Tokens | None = None,
+        *,
+        pattern: Pattern | None = None,
+        key_padding: Padding | None = None,
+        state: Any = None,
+    ) -> Output:
+        """Mix the tokens.
+
+        x (B, N, C). context (B, M, C): keys and values come from it instead of from x (cross-attention).
+        pattern: who may attend to whom; None = the mechanism's own: everyone to everyone unless it is causal by nature.
+        key_padding (B, N), or (B, M) with a context: bool, True = real token.
+        state: what the call before returned; x are then the tokens that follow, and key_padding is theirs.
+        Raises ArgumentError for a wrong shape, UnsupportedError for what the mechanism does not do.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def identity(cls) -> tuple[Tensor, Tensor]:
+        """The identity the paper implies (full budget = dense; chunks = recurrence; …), as two float64 tensors.
+
+        The conformance suite holds them equal to 1e-10. They must come from two different computations.
+        """
+        raise NotImplementedError(f"{cls.__name__} declares no identity")
+
+    def check_tokens(self, x: Tensor, context: Tensor | None, key_padding: Tensor | None) -> None:
+        """Raise ArgumentError unless the shapes are those of `forward`."""
+        require(x.ndim == 3 and x.shape[-1] == self.dim, "x", tuple(x.shape), f"(B, N, {self.dim})")
+        source, name = (x, "N") if context is None else (context, "M")
+        fits = source.ndim == 3 and source.shape[0] == x.shape[0] and source.shape[2] == self.dim
+        require(fits, "context", tuple(source.shape), f"({x.shape[0]}, M, {self.dim})")
+        if key_padding is not None:
+            shape, wanted = tuple(key_padding.shape), tuple(source.shape[:2])
+            require(shape == wanted, "key_padding", shape, f"{wanted}: (B, {name})")
+            require(key_padding.dtype == torch.bool, "key_padding", key_padding.dtype, "torch.bool, True = real")
+
+    def refuse(self, what: str) -> UnsupportedError:
+        """The error for something this mechanism does not do, with its registered name in it; to be raised."""
+        name = next((e.key for e in entries("layer") if e.factory is type(self)), type(self).__name__)
+        return UnsupportedError(f"{name} takes no {what}")
+
+
+def without_padding(out: Tensor, key_padding: Tensor | None) -> Tensor:
+    """(B, N, C) with zeros at padding."""
+    return out if key_padding is None else out.masked_fill(~key_padding[..., None], 0.0)
