@@ -38,6 +38,8 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N), natural logarithm; lse is None when nothing needs it."""
     q = request.q
     k, v = request.clean_kv()
+    if not q.is_cuda:  # off the GPU it refuses whatever could have a gradient, even where none is being recorded
+        q, k, v = q.detach(), k.detach(), v.detach()
     block_mask = None if request.pattern is None and request.exists is None else block_mask_of(request)
     wants_lse = request.return_lse or request.sinks is not None
     with warnings.catch_warnings():

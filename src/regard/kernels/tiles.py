@@ -15,8 +15,8 @@ def tile_kinds(request: Request, q_block: int, k_block: int) -> Tensor:
     """uint8 (B or 1, Hq or 1, ⌈N/q_block⌉, ⌈M/k_block⌉): EMPTY, PARTIAL or FULL, never wrong, PARTIAL where in doubt.
 
     A tile's positions need not be neighbours: the pattern is asked about the closed range from the least to the
-    largest, which holds all of them, so EMPTY and FULL remain true. A tile with a missing key is never FULL; one without any
-    existing key is EMPTY. Costs time in tiles, never in N·M.
+    largest, which holds all of them, so EMPTY and FULL remain true. A tile with a missing key is never FULL; one
+    without any existing key is EMPTY. Costs time in tiles, never in N·M.
     """
     i = _blocks(request.q_positions[:, None], q_block)  # (B or 1, 1, nq, q_block)
     i0, i1 = i.amin(-1)[..., None], i.amax(-1)[..., None]
