@@ -120,8 +120,14 @@ class Pattern:
         return self._with(moved) if any(moved[id(t)] is not t for t in self.tensors()) else self
 
     def _with(self, tensors: dict[int, Tensor]) -> Self:
+        changed = self._rebuilt(lambda p: p._with(tensors))
         own = {f.name: tensors[id(v)] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self._rebuilt(lambda p: p._with(tensors)), **own)
+        if not own:
+            return changed
+        new = object.__new__(type(self))  # not `replace`: its checks look at values, and would wait for the device
+        for f in fields(self):
+            object.__setattr__(new, f.name, own.get(f.name, getattr(changed, f.name)))
+        return new
 
     def _rebuilt(self, change: Any) -> Self:
         """Itself with every part changed; the very same object where no part did change."""

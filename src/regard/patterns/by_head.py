@@ -83,7 +83,8 @@ def _among(h: Tensor, heads: list[range]) -> Tensor:
     kind="pattern",
     families=("static-pattern",),
     paper=SPARSE_TRANSFORMER,
-    example=lambda: per_head([causal(), causal() & sliding_window(4)]),
+    cost="the sum of its heads",
+    example=lambda: PerHead((causal(), causal() & sliding_window(4))),
     causal=False,
 )
 def per_head(patterns: Sequence[Pattern]) -> Pattern:

@@ -124,7 +124,8 @@ def _ranked(ids: Tensor) -> Tensor:
     kind="pattern",
     families=("static-pattern",),
     paper=PACKING,
-    example=lambda: documents(torch.arange(24) // 7),
+    cost="sum of squared document lengths",
+    example=lambda: Documents(torch.arange(24) // 7),
     causal=False,
 )
 def documents(ids: Tensor) -> Pattern:
@@ -145,7 +146,8 @@ def documents(ids: Tensor) -> Pattern:
     kind="pattern",
     families=("static-pattern",),
     paper=PACKING,
-    example=lambda: segments([5, 1, 12, 6]),
+    cost="sum of squared document lengths",
+    example=lambda: Documents(torch.tensor([0] * 5 + [1] + [2] * 12 + [3] * 6)),
     causal=False,
 )
 def segments(lengths: Sequence[int]) -> Pattern:

@@ -53,7 +53,8 @@ def draw(pattern: Pattern, grid: Grid, *, row: int, refine: bool, path: str | Pa
     different, index = distinct_heads(pattern, pattern.heads or 1)
     kinds = build_block_map(pattern, grid, heads=pattern.heads or 1, refine=refine).kinds
     dense = pattern.dense(grid.n, grid.m, q_offset=grid.q_offset)
-    figure = Figure(figsize=(4.6 * len(different), 5.2), layout="constrained")
+    height = 4.2 * min(max(grid.n / grid.m, 0.2), 2.0) + 1.6  # the panel, then title, axis and legend
+    figure = Figure(figsize=(4.6 * len(different), height), layout="compressed")
     for g, (axes, p) in enumerate(zip(figure.subplots(1, len(different), squeeze=False)[0], different, strict=True)):
         rule = dense[row if dense.shape[0] > 1 else 0, index.index(g)]
         first, last = grid.q_offset - 0.5, grid.q_offset + grid.n - 0.5
@@ -75,7 +76,7 @@ def draw(pattern: Pattern, grid: Grid, *, row: int, refine: bool, path: str | Pa
     patches = [Patch(facecolor=colour, edgecolor="#b8b8b8", label=label) for label, colour in COLOURS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     if path is not None:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
     return figure
 
 

@@ -139,7 +139,15 @@ class Prefix(_FirstKeys):
         return self.length
 
 
-@register("full", kind="pattern", families=("static-pattern",), paper=TRANSFORMER, example=lambda: full(), causal=False)
+@register(
+    "full",
+    kind="pattern",
+    families=("static-pattern",),
+    paper=TRANSFORMER,
+    cost="N² entries",
+    example=lambda: Full(),
+    causal=False,
+)
 def full() -> Pattern:
     """Every query attends to every key.
 
@@ -150,7 +158,13 @@ def full() -> Pattern:
 
 
 @register(
-    "causal", kind="pattern", families=("static-pattern",), paper=TRANSFORMER, example=lambda: causal(), causal=True
+    "causal",
+    kind="pattern",
+    families=("static-pattern",),
+    paper=TRANSFORMER,
+    cost="N²/2 entries",
+    example=lambda: Causal(),
+    causal=True,
 )
 def causal() -> Pattern:
     """Each token attends to itself and to those before it: j ≤ i.
@@ -168,7 +182,8 @@ def causal() -> Pattern:
     kind="pattern",
     families=("static-pattern",),
     paper=LONGFORMER,
-    example=lambda: sliding_window(5),
+    cost="N·(size + right) entries",
+    example=lambda: SlidingWindow(5),
     causal=True,
 )
 def sliding_window(size: int, right: int = 0) -> Pattern:
@@ -190,7 +205,8 @@ def sliding_window(size: int, right: int = 0) -> Pattern:
     kind="pattern",
     families=("static-pattern",),
     paper=LONGFORMER,
-    example=lambda: dilated_window(3, 2),
+    cost="N·size entries, but its tiles reach N·size·dilation",
+    example=lambda: DilatedWindow(3, 2),
     causal=True,
 )
 def dilated_window(size: int, dilation: int) -> Pattern:
@@ -209,7 +225,8 @@ def dilated_window(size: int, dilation: int) -> Pattern:
     kind="pattern",
     families=("static-pattern",),
     paper=STREAMING,
-    example=lambda: attention_sink(4),
+    cost="N·size entries",
+    example=lambda: AttentionSink(4),
     causal=False,
 )
 def attention_sink(size: int) -> Pattern:
@@ -223,7 +240,15 @@ def attention_sink(size: int) -> Pattern:
     return AttentionSink(size)
 
 
-@register("prefix", kind="pattern", families=("static-pattern",), paper=T5, example=lambda: prefix(6), causal=False)
+@register(
+    "prefix",
+    kind="pattern",
+    families=("static-pattern",),
+    paper=T5,
+    cost="N·length entries",
+    example=lambda: Prefix(6),
+    causal=False,
+)
 def prefix(length: int) -> Pattern:
     """The first `length` keys, visible to every query: `causal() | prefix(length)` is a prefix language model.
 
