@@ -25,24 +25,31 @@ KeyLengths = Int[Tensor, "b hkv"]
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ArgumentError unless q (B, Hq, N, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) belong together."""
+    """Raise ArgumentError unless q (B, Hq, N, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) belong together.
+
+    It runs at every call, so a message is only put together when it is raised.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        require(isinstance(x, Tensor), name, type(x).__name__, "a tensor")
-        require(x.ndim == 4, name, shape(x), "four dimensions (batch, heads, length, width)")
-        require(x.is_floating_point(), name, x.dtype, "a floating-point dtype")
-        require(x.shape[1] > 0 and x.shape[3] > 0, name, shape(x), "at least one head of width at least 1")
-    for name, x in (("k", k), ("v", v)):
-        require(x.dtype == q.dtype, name, x.dtype, f"the dtype of q, {q.dtype}")
-        require(x.device == q.device, name, x.device, f"the device of q, {q.device}")
-        require(x.shape[0] == q.shape[0], name, shape(x), f"the batch size of q, {q.shape[0]}")
-    require(k.shape[3] == q.shape[3], "k", shape(k), f"the head width of q, {q.shape[3]}")
-    require(v.shape[1:3] == k.shape[1:3], "v", shape(v), f"the heads and length of k, {tuple(k.shape[1:3])}")
-    require(
-        q.shape[1] % k.shape[1] == 0,
-        "q",
-        f"{q.shape[1]} query heads",
-        f"a multiple of the {k.shape[1]} key/value heads",
-    )
+        if not isinstance(x, Tensor):
+            raise ArgumentError(name, type(x).__name__, "a tensor")
+        if x.ndim != 4:
+            raise ArgumentError(name, shape(x), "four dimensions (batch, heads, length, width)")
+        if not x.is_floating_point():
+            raise ArgumentError(name, x.dtype, "a floating-point dtype")
+        if x.shape[1] == 0 or x.shape[3] == 0:
+            raise ArgumentError(name, shape(x), "at least one head of width at least 1")
+        if x.dtype != q.dtype:
+            raise ArgumentError(name, x.dtype, f"the dtype of q, {q.dtype}")
+        if x.device != q.device:
+            raise ArgumentError(name, x.device, f"the device of q, {q.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ArgumentError(name, shape(x), f"the batch size of q, {q.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        raise ArgumentError("k", shape(k), f"the head width of q, {q.shape[3]}")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ArgumentError("v", shape(v), f"the heads and length of k, {tuple(k.shape[1:3])}")
+    if q.shape[1] % k.shape[1]:
+        raise ArgumentError("q", f"{q.shape[1]} query heads", f"a multiple of the {k.shape[1]} key/value heads")
 
 
 def check_tensor(name: str, x: Tensor, allowed: tuple[tuple[int, ...], ...], kind: str, like: Tensor) -> None:

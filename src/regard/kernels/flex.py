@@ -63,7 +63,8 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
 @cache
 def _kernel(compiled: bool) -> Callable[..., Any]:
     # static shapes: each length gets its own kernel, but none is slower for lengths that came before it
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
 def block_mask_of(request: Request, block: int = BLOCK) -> BlockMask:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.errors import require
+from regard.errors import ArgumentError
 from regard.kernels.reference.softmax import softmax_with_lse
 
 
@@ -86,8 +86,10 @@ def ragged_attend(
     batch, heads, n, width = q.shape
     lanes = sum(group.k.shape[0] for group in groups)
     kv_heads = lanes // max(batch, 1)
-    require(kv_heads > 0 and lanes == batch * kv_heads, "groups", f"{lanes} lanes", f"as many for each of {batch} rows")
-    require(heads % kv_heads == 0, "groups", f"{kv_heads} lanes a row", f"a divisor of the {heads} query heads")
+    if kv_heads == 0 or lanes != batch * kv_heads:
+        raise ArgumentError("groups", f"{lanes} lanes", f"as many for each of {batch} rows")
+    if heads % kv_heads:
+        raise ArgumentError("groups", f"{kv_heads} lanes a row", f"a divisor of the {heads} query heads")
     shape = (batch, kv_heads, (heads // kv_heads) * n, width)
     fused = softcap is None and sinks is None and not return_lse
     if len(groups) == 1 and groups[0].complete:
