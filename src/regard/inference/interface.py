@@ -121,11 +121,13 @@ def attention(
         if layer.limits is not None:
             layer.step(layer.store.plan.cache, query, None)
     else:
-        out = _prompt(now, layer, given, query, key, value, logits)
+        out = _prompt(owner, now, layer, given, query, key, value, logits)
     return out.transpose(1, 2), None
 
 
-def _prompt(now: Pass, layer: KVLayer, given: Given, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> Tensor:
+def _prompt(
+    owner: Attached, now: Pass, layer: KVLayer, given: Given, q: Tensor, k: Tensor, v: Tensor, logits: Logits
+) -> Tensor:
     """Several tokens at once, or keys that the model has changed since `update`."""
     store = layer.store
     forward = store.forward
@@ -158,6 +160,8 @@ def _prompt(now: Pass, layer: KVLayer, given: Given, q: Tensor, k: Tensor, v: Te
         fresh=given.fresh,
     )
     out = run_call(call)
+    for listener in owner.listeners:
+        listener(call)
     needs = store.needs(layer.number)
     if layer.limits is not None and now.n == 1:
         layer.step(store.plan.cache, q, call)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from regard.errors import ArgumentError, AttachError, RegardError, StoreError
 from regard.inference import persist
 from regard.inference.cache import HybridKVLayer, KVLayer
+from regard.inference.call import AttentionCall
 from regard.inference.compose import Scoped, parts_of
 from regard.inference.interface import NAME, OWNERS, Pass, Passes
 from regard.inference.plan import Plan
@@ -53,6 +54,8 @@ class Attached:
         self.model, self.plan = model, plan
         self.observe = (plan, *observe)
         self.passes = Passes()
+        self.listeners: list[Callable[[AttentionCall], None]] = []
+        """Called with every AttentionCall of several tokens, after it was executed: what probes are built on."""
         self._root = _decoder(model)
         self._names = inspect.signature(self._root.forward)
         self._hooks: list[Any] = []
