@@ -3,7 +3,7 @@
 Lanes of one capacity share one tensor. Capacities are whole pages of 64 tokens and never exceed a lane's length by more
 than one page, so what is held is at most the payload plus a page a lane, whatever happened before. When all lanes are
 equally long they are one group in row-major order: a decoded token is then written in place by three copies, and
-attention reads views. Lengths live on the host; no question about them waits for the device.
+attention reads views. Lengths live on the host: asking for them never waits for the device.
 """
 
 from __future__ import annotations
@@ -187,21 +187,20 @@ class RaggedKV:
         view = self.uniform_view()
         if view is not None:
             return view[0], view[1], view[2].long()
-        shape = (self.batch, self.heads, max(g.longest for g in self._groups))
-        k = torch.zeros((*shape, self.key_dim), dtype=self.dtype, device=self.device)
-        v = torch.zeros((*shape, self.value_dim), dtype=self.dtype, device=self.device)
-        for group in self._groups:
-            held, absent = group.content.at(slice(None), slice(0, group.longest)), group.absent()[..., None]
-            k[group.rows, group.heads, : group.longest] = held.k.masked_fill(absent, 0)
-            v[group.rows, group.heads, : group.longest] = held.v.masked_fill(absent, 0)
+        k = self._spread([g.content.k for g in self._groups], 0)
+        v = self._spread([g.content.v for g in self._groups], 0)
         return k, v, self._positions()
 
     def _positions(self) -> Tensor:
-        shape = (self.batch, self.heads, max(g.longest for g in self._groups))
-        out = torch.full(shape, -1, dtype=torch.long, device=self.device)
-        for group in self._groups:
-            held = group.content.positions[:, : group.longest].masked_fill(group.absent(), -1)
-            out[group.rows, group.heads, : group.longest] = held.long()
+        return self._spread([g.content.positions for g in self._groups], -1).long()
+
+    def _spread(self, parts: list[Tensor], absent: int) -> Tensor:
+        """(B, H, L, …) from one (G, C, …) per group; `absent` where a lane has ended."""
+        shape = (self.batch, self.heads, max(g.longest for g in self._groups), *parts[0].shape[2:])
+        out = torch.full(shape, absent, dtype=parts[0].dtype, device=self.device)
+        for group, part in zip(self._groups, parts, strict=True):
+            missing = group.absent().view(len(group.lanes), group.longest, *(1,) * (part.ndim - 2))
+            out[group.rows, group.heads, : group.longest] = part[:, : group.longest].masked_fill(missing, absent)
         return out
 
     def keep(self, index: Tensor, counts: Tensor) -> None:
@@ -249,21 +248,18 @@ class RaggedKV:
         require(held, "active", active.tolist(), "lanes that hold entries")
         on, slot = active.reshape(-1), slot.to(self.device).reshape(-1)
         for group in self._groups:
-            if everyone:
-                which, from_lane = group.order, group.lanes_there
-            else:
-                here = on[group.lanes]
-                if not bool(here.any()):
-                    continue
-                which = self._there(here.nonzero().view(-1))
-                from_lane = group.lanes_there[which]
+            which = group.order if everyone else self._there(on[group.lanes].nonzero().view(-1))
+            if len(which) == 0:
+                continue
             group.own()
-            last = (group.lengths_there if everyone else group.lengths_there[which]) - 1
-            group.content.write(which, slot[from_lane], group.content.at(which, last))
+            lanes_there, lengths = group.lanes_there, group.lengths_there
+            if not everyone:
+                lanes_there, lengths = lanes_there[which], lengths[which]
+            group.content.write(which, slot[lanes_there], group.content.at(which, lengths - 1))
             if everyone:
                 group.grow(-1)
             else:
-                group.set_lengths(group.lengths - here.long())
+                group.set_lengths(group.lengths - on[group.lanes].long())
             self._sorted = False
         self._lengths = None
         self._release()

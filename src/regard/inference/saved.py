@@ -98,7 +98,7 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
     total = zlib.crc32(about.encode())
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode(), total)
-        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 
