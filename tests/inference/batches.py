@@ -6,9 +6,9 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+from tests.inference.zoo import PAD, VOCABULARY
 from torch import Tensor
 from transformers import PreTrainedModel
-from zoo import PAD, VOCABULARY
 
 LENGTHS = (20, 13, 17)
 """Mixed, and all longer than the zoo's windows and chunks."""
@@ -30,7 +30,8 @@ class Batch:
 
     def row(self, b: int) -> Batch:
         """One row alone, its padding removed."""
-        return Batch(self.ids[b][self.is_real[b]][None])
+        ids = self.ids[b][self.is_real[b]][None]
+        return padded(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def then(self, more: Tensor) -> Batch:
         """The batch with `more` (B, T) real tokens at the end."""

@@ -6,16 +6,19 @@ largest absolute logit there; tokens that differ are an infinite error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from batches import LENGTHS, Batch, generate, mixed, run, tokens
-from struck_out import attention_calls, eager_copy, logits_under
+from tests.inference.batches import LENGTHS, Batch, generate, mixed, run, tokens
+from tests.inference.struck_out import eager_copy, logits_under
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regard.inference.seam import attach
+from regard.inference.plan import Plan
+from regard.inference.policies.duoattention import DuoAttention
+from regard.inference.seam import Attached, attach
 
 ALLOWED = 1e-5
 NEW = 6
@@ -64,14 +67,14 @@ def forwards() -> dict[str, Batch]:
 
 
 @torch.no_grad()
-def full_plan(model: PreTrainedModel, generations: tuple[str, ...] = tuple(GENERATIONS)) -> list[Check]:
+def full_plan(model: PreTrainedModel, generations: Sequence[str] = tuple(GENERATIONS)) -> list[Check]:
     """The plan `full` against the model's own eager: forwards, chunked prefill, decode steps, generation."""
     eager = eager_copy(model)
     with attach(model, "full"):
         return list(_full_checks(model, eager, generations))
 
 
-def _full_checks(model: PreTrainedModel, eager: PreTrainedModel, generations: tuple[str, ...]) -> Iterator[Check]:
+def _full_checks(model: PreTrainedModel, eager: PreTrainedModel, generations: Sequence[str]) -> Iterator[Check]:
     for name, batch in forwards().items():
         yield Check(name, relative_error(run(model, batch)[0], run(eager, batch)[0], batch.is_real))
     steps = tokens(len(LENGTHS), 3, seed=2)
@@ -100,14 +103,33 @@ def _full_checks(model: PreTrainedModel, eager: PreTrainedModel, generations: tu
         yield Check(name, relative_error(got, want) if torch.equal(got_tokens, want_tokens) else torch.inf)
 
 
+def plans(model: PreTrainedModel, budget: int) -> dict[str, Plan]:
+    """Every cache policy by name at one budget; the head table of `duoattention` fits this model's layers and heads."""
+    with attach(model, "full") as attached, torch.no_grad():
+        store = attached.new_store()
+        run(model, Batch(tokens(1, 4)), cache=store)
+        heads = [len(store.kept(layer)[0]) for layer in range(store.caching_layers)]
+    table = tuple(tuple(float((layer + head) % 2) for head in range(n)) for layer, n in enumerate(heads))
+    made = {name: Plan.parse(f"{name}(budget={budget})") for name in ("h2o", "tova", "keydiff", "knorm", "random")}
+    made["streaming"] = Plan.parse(f"streaming(budget={budget},sinks=2)")
+    made["snapkv"] = Plan.parse(f"snapkv(budget={budget},window=4,kernel=3)")
+    made["duoattention"] = Plan(cache=DuoAttention(table=table, budget=budget, sinks=2, recent=4))
+    return {"full": Plan(), **made}
+
+
 @torch.no_grad()
-def ample_budget(model: PreTrainedModel, plan: str) -> Check:
+def ample_budget(model: PreTrainedModel, plan: Plan) -> Check:
     """A plan whose budget covers prompt and generated tokens generates what eager generates."""
-    batch = mixed("left")
-    want_tokens, want = generate(eager_copy(model), batch, NEW)
+    want_tokens, want = _eager_generation(model)
     with attach(model, plan):
-        got_tokens, got = generate(model, batch, NEW)
+        got_tokens, got = generate(model, mixed("left"), NEW)
     return Check("ample budget", relative_error(got, want) if torch.equal(got_tokens, want_tokens) else torch.inf)
+
+
+@lru_cache(maxsize=2)
+@torch.no_grad()
+def _eager_generation(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    return generate(eager_copy(model), mixed("left"), NEW)
 
 
 @dataclass(frozen=True)
@@ -122,60 +144,53 @@ class Decoded:
     kept: list[list[list[list[Tensor]]]]
 
 
-def decode(model: PreTrainedModel, plan: str, batch: Batch, more: Tensor, layers: int) -> Decoded:
-    """Run a plan over a prompt and `more` (B, T) tokens one by one."""
+def decode(attached: Attached, batch: Batch, more: Tensor) -> Decoded:
+    """Run the plan over a prompt and `more` (B, T) tokens one by one."""
+    store = attached.new_store()
+    prompt, _ = run(attached.model, batch, cache=store)
+    store.seal()
     kept, steps = [], []
-    with attach(model, plan) as attached:
-        store = attached.new_store()
-        prompt, _ = run(model, batch, cache=store)
-        store.seal()
-        for t in range(more.shape[1]):
-            kept.append([[list(row) for row in store.kept(layer)] for layer in range(layers)])
-            steps.append(run(model, batch.then(more[:, : t + 1]), (1,), store)[0])
+    for t in range(more.shape[1]):
+        kept.append([store.kept(layer) for layer in range(store.caching_layers)])
+        steps.append(run(attached.model, batch.then(more[:, : t + 1]), (1,), store)[0])
     return Decoded(prompt, torch.cat(steps, 1), kept)
 
 
 @torch.no_grad()
-def kept_and_new(model: PreTrainedModel, plan: str, steps: int = 3) -> list[Check]:
-    """Decode after compression equals dense eager attention under the mask "kept ∪ new" of each layer and KV head."""
+def compressed(model: PreTrainedModel, plan: Plan, steps: int = 3) -> list[Check]:
+    """Decode after compression equals dense eager attention under the mask "kept ∪ new" of each layer and KV head;
+    and a batch of mixed lengths equals its rows one by one."""
     batch, more = mixed("left"), tokens(len(LENGTHS), steps, seed=2)
-    layers = attention_calls(model, batch)
-    decoded = decode(model, plan, batch, more, layers)
-    whole = batch.then(more)
-    first = whole.ids.shape[1] - steps
-    padding = (~batch.is_real).sum(1)
-
-    def allowed(layer: int) -> Tensor:
-        heads = len(decoded.kept[0][layer][0])
-        size = whole.ids.shape[1]
-        out = torch.ones(len(LENGTHS), heads, size, size, dtype=torch.bool)
-        for t in range(steps):
-            out[:, :, first + t] = False
-            out[:, :, first + t, first + t] = True
-            for row, lanes in enumerate(decoded.kept[t][layer]):
-                for head, positions in enumerate(lanes):
-                    out[row, head, first + t, positions.long() + padding[row]] = True
-        return out
-
-    want = logits_under(model, whole, allowed)
-    most = max(len(lane) for layer in decoded.kept[0] for row in layer for lane in row)
+    with attach(model, plan) as attached:
+        together = decode(attached, batch, more)
+        alone = [decode(attached, batch.row(b), more[b : b + 1]) for b in range(len(LENGTHS))]
+    want = logits_under(model, batch.then(more), lambda layer: _kept_and_new(together, batch, layer))
+    first = batch.ids.shape[1]
+    apart = []
+    for b, one in enumerate(alone):
+        row = torch.cat([together.prompt[b][batch.is_real[b]], together.steps[b]])
+        apart.append(relative_error(row[None], torch.cat([one.prompt, one.steps], 1)))
+    held = torch.tensor([[len(lane) for lane in row] for layer in together.kept[0] for row in layer])
+    dropped = bool((held < torch.tensor(LENGTHS).repeat(len(together.kept[0]))[:, None]).any())
     return [
-        Check("prompt before compression", relative_error(decoded.prompt, want[:, :first], batch.is_real)),
-        Check("decode = dense under kept ∪ new", relative_error(decoded.steps, want[:, first:])),
-        Check("something was dropped", 0.0 if plan == "full" or most < max(LENGTHS) else torch.inf),
+        Check("prompt before compression", relative_error(together.prompt, want[:, :first], batch.is_real)),
+        Check("decode = dense under kept ∪ new", relative_error(together.steps, want[:, first:])),
+        Check("batch = its rows", max(apart)),
+        Check("something is dropped", 0.0 if dropped != (plan == Plan()) else torch.inf),
     ]
 
 
-@torch.no_grad()
-def rows_alone(model: PreTrainedModel, plan: str, steps: int = 2) -> Check:
-    """A batch of mixed lengths equals its rows one by one."""
-    batch, more = mixed("left"), tokens(len(LENGTHS), steps, seed=2)
-    together = decode(model, plan, batch, more, 0)
-    error = 0.0
-    for b in range(len(LENGTHS)):
-        row = batch.row(b)
-        row = Batch(row.ids, torch.ones_like(row.ids, dtype=torch.bool), torch.arange(row.ids.shape[1])[None])
-        alone = decode(model, plan, row, more[b : b + 1], 0)
-        error = max(error, relative_error(together.steps[b : b + 1], alone.steps))
-        error = max(error, relative_error(together.prompt[b : b + 1][:, batch.is_real[b]], alone.prompt))
-    return Check("rows alone", error)
+def _kept_and_new(decoded: Decoded, batch: Batch, layer: int) -> Tensor:
+    """(B, Hkv, N + T, N + T) bool: a prompt token may see all; step t what was kept before it, and itself."""
+    rows, first = batch.ids.shape
+    steps = len(decoded.kept)
+    heads = len(decoded.kept[0][layer][0])
+    out = torch.ones(rows, heads, first + steps, first + steps, dtype=torch.bool)
+    padding = (~batch.is_real).sum(1)
+    for t, layers in enumerate(decoded.kept):
+        out[:, :, first + t] = False
+        out[:, :, first + t, first + t] = True
+        for row, lanes in enumerate(layers[layer]):
+            for head, positions in enumerate(lanes):
+                out[row, head, first + t, positions.long() + padding[row]] = True
+    return out

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import lru_cache
 
 import torch
-from batches import Batch, run
+from tests.inference.batches import Batch, run
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
@@ -57,6 +58,7 @@ def _counting(allowed: Callable[[int], Tensor | None]) -> Iterator[list[int]]:
         _allowed.pop()
 
 
+@lru_cache(maxsize=4)
 def eager_copy(model: PreTrainedModel, name: str = "eager") -> PreTrainedModel:
     """The same weights in a model of its own."""
     copy = deepcopy(model)

@@ -3,7 +3,8 @@
 One generic shrinker sets what a configuration has of the common names; `PECULIAR` holds what an architecture needs
 besides. Weights are drawn with a standard deviation of 0.1, so that attention is far from uniform, and everything that
 a model initialises to a neutral value and that bears on attention (biases, learned sinks) is drawn as well: a proof on
-weights that do nothing could not fail.
+weights that do nothing could not fail. Norms are drawn for the same reason: keys normalised by a plain norm are all of
+one length, and a policy that goes by length would choose by rounding errors.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ OTHERS = tuple(
     glm_moe_dsa gpt_bigcode gpt_neox granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared
     helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text jais2 jamba
     jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 longcat_flash mellum mimo_v2_flash minicpm3 minimax
-    minimax_m2 minimax_m3_vl_text ministral ministral3 mixtral modernbert-decoder moshi nanochat nemotron nemotron_h
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mixtral modernbert-decoder nanochat nemotron nemotron_h
     olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3_5_moe_text qwen3_5_text
-    qwen3_moe qwen3_next recurrent_gemma roberta seed_oss solar_open stablelm starcoder2 vaultgemma xlm-roberta
+    qwen3_moe qwen3_next roberta seed_oss solar_open stablelm starcoder2 vaultgemma xlm-roberta
     youtu zamba zamba2 zaya
     """.split()
 )
@@ -252,7 +253,10 @@ def build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     config = config_of(name, **overrides)
     torch.manual_seed(seed)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, attn_implementation="eager")
-    for path, weight in model.named_parameters():
-        if path.endswith(("bias", "sinks")):
-            nn.init.normal_(weight, std=0.5 if path.endswith("sinks") else 0.1)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if path.endswith(("bias", "sinks")):
+                nn.init.normal_(weight, std=0.5 if path.endswith("sinks") else 0.1)
+            elif weight.ndim == 1 and "norm" in path:  # or normalised keys would all be of one length
+                weight.add_(torch.randn_like(weight), alpha=0.3)
     return model.eval()
