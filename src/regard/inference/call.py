@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regard.errors import ArgumentError
 from regard.patterns.algebra import Pattern
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -30,6 +31,10 @@ class MaskRecipe:
     q_offset: int = 0
     k_offset: int = 0
     causal: bool = False
+
+    def contiguous(self) -> MaskRecipe:
+        """`generate()` asks this of a mask that it draws ahead, which it does for static (compiled) caches alone."""
+        raise ArgumentError("cache_implementation", "static", "none: the attached model keeps a store of its own")
 
     def __call__(self, b: Tensor, h: Tensor, q_column: Tensor, k_column: Tensor) -> Tensor:
         """bool, broadcast over the four; padding is not applied here."""
