@@ -181,20 +181,24 @@ def run(store: RaggedKV, steps: list[str], rng: random.Random) -> None:
             check(*pair)
 
 
-SEQUENCE = st.lists(st.sampled_from((*STEPS, "fork")), max_size=14)
+BEGINNINGS = ((), ("padded", "page", "padded"), ("page", "page", "keep"))  # nothing yet, unlike rows, unlike heads
+SEQUENCE = st.lists(st.sampled_from((*STEPS, "fork")), max_size=12)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(1, 3), st.integers(1, 3), SEQUENCE, st.integers(0, 2**20))
-def test_any_sequence_of_operations(batch: int, heads: int, steps: list[str], seed: int) -> None:
-    run(RaggedKV(batch, heads, KEY, VALUE, torch.float32, "cpu"), steps, random.Random(seed))
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(BEGINNINGS), SEQUENCE, st.integers(0, 2**20))
+def test_any_sequence_of_operations(
+    batch: int, heads: int, beginning: tuple[str, ...], steps: list[str], seed: int
+) -> None:
+    store = RaggedKV(batch, heads, KEY, VALUE, torch.float32, "cpu")
+    run(store, [*beginning, *steps], random.Random(seed))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(20))
 def test_any_sequence_on_cuda(seed: int) -> None:
     rng = random.Random(seed)
-    steps = rng.choices((*STEPS, "fork"), k=20)
+    steps = [*rng.choice(BEGINNINGS), *rng.choices((*STEPS, "fork"), k=15)]
     run(RaggedKV(rng.randint(1, 3), rng.randint(1, 3), KEY, VALUE, torch.float32, "cuda"), steps, rng)
 
 
@@ -280,6 +284,15 @@ def test_keep_of_everything_copies_nothing() -> None:
     place = store.groups()[0].k.data_ptr()
     store.keep(torch.arange(70).flip(0).expand(1, 2, 70), torch.full((1, 2), 70))
     assert store.groups()[0].k.data_ptr() == place
+    check(store, model)
+
+
+def test_keep_restores_the_order_so_that_reading_needs_no_sort() -> None:
+    store, model = RaggedKV(1, 2, KEY, VALUE, torch.float32, "cpu"), Model(1, 2)
+    append(store, model, random.Random(0), 70, padding=False)
+    drop(store, model, random.Random(0), everyone=True)
+    keep(store, model, random.Random(0), alike=True)
+    assert store.padded(sort=True)[0].data_ptr() == store.groups()[0].k.data_ptr()
     check(store, model)
 
 
