@@ -68,6 +68,7 @@ class Scoped(CachePolicy):
         require(single, "policy", repr(self.policy), "one cache policy, neither scoped nor composed")
         put(self, "acts", self.policy.acts)
         put(self, "growth", self.policy.growth)
+        put(self, "per_head", self.policy.per_head)
         put(self, "budget", self.policy.budget)
 
     def needs(self) -> Needs:

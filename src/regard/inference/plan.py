@@ -168,13 +168,13 @@ def _name(kind: Kind, part: object) -> str:
 
 
 def _call(kind: Kind, part: Any, scope: Scope | None = None) -> Call:
-    settings = {}
+    name, settings = _name(kind, part), {}
     for each in fields(part):
         value = getattr(part, each.name)
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         if value != default or type(value) is not type(default):
             settings[each.name] = value.value if isinstance(value, Budget) else value
-    return Call(_name(kind, part), settings, scope)
+    return Call(name, settings, scope)
 
 
 def _calls(cache: CachePolicy) -> list[Call]:

@@ -61,6 +61,7 @@ class DuoAttention(CachePolicy):
 
     acts: ClassVar[Literal["seal", "step"]] = "step"
     growth: ClassVar[str] = "every generated token in retrieval heads, nothing in streaming heads"
+    per_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         budget = Budget.parse(self.budget)
