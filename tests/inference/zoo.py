@@ -37,16 +37,15 @@ TWELVE = (
 
 OTHERS = tuple(
     """
-    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert biogpt bitnet cohere cohere2_moe
-    ctrl cwm deepseek_v2 deepseek_v32 deepseek_v4 diffllama doge dots1 electra ernie4_5 ernie4_5_moe exaone4
-    exaone_moe flex_olmo flint gemma gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
-    glm_moe_dsa gpt_bigcode gpt_neox granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared
-    helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text jais2 jamba
-    jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 longcat_flash mellum mimo_v2_flash minicpm3 minimax
-    minimax_m2 minimax_m3_vl_text ministral ministral3 mixtral modernbert-decoder nanochat nemotron nemotron_h
-    olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3_5_moe_text qwen3_5_text
-    qwen3_moe qwen3_next roberta seed_oss solar_open stablelm starcoder2 vaultgemma xlm-roberta
-    youtu zamba zamba2 zaya
+    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba bart beam bert biogpt bitnet cohere cohere2_moe ctrl cwm
+    deepseek_v2 diffllama dots1 electra ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma3n_text
+    gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt_bigcode gpt_neox granite granite_swa
+    granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe
+    hy_v3 hyperclovax jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 longcat_flash mellum
+    mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mixtral modernbert-decoder
+    nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next roberta seed_oss solar_open stablelm starcoder2 vaultgemma
+    xlm-roberta youtu zamba zamba2 zaya
     """.split()
 )
 """Decoders that route through the attention interface in transformers 5.23; earlier versions know fewer."""
@@ -57,6 +56,19 @@ UNROUTED = tuple(
     """.split()
 )
 """Models that accept an attention name and never call the function behind it."""
+
+REFUSED: dict[str, str] = {
+    "axk2": "caches in",  # keys of an indexer, beside its own
+    "deepseek_v32": "caches in",
+    "deepseek_v4": "caches in",  # compressed keys
+    "doge": "mask",  # computes on the drawn mask
+    "glm_moe_dsa": "caches in",
+    "hy_v4": "caches in",
+    "inkling2_text": "position_bias",
+    "inkling_text": "position_bias",
+    "moshi": "window",  # its window exists only as transformers' sliding cache layer, not in its mask
+}
+"""Models that reach the attention interface and need more than it says: what the refusal must name."""
 
 COMMON: dict[str, Any] = {
     "hidden_size": 32,

@@ -1,0 +1,76 @@
+"""The seam computes what each architecture itself computes. The whole table is written by `write_architectures`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.inference import proof, zoo
+from tests.inference.batches import Batch, run, tokens
+from tests.inference.struck_out import attention_calls
+
+from regard.errors import AttachError
+from regard.inference.seam import attach
+
+torch.set_num_threads(1)
+
+PLANS = ("full", "streaming", "snapkv", "h2o", "tova", "keydiff", "knorm", "random", "duoattention")
+
+
+def _all_hold(checks: list[proof.Check]) -> None:
+    bad = [f"{check.name}: {check.error:.1e}" for check in checks if not check.ok]
+    assert not bad, "; ".join(bad)
+
+
+@pytest.mark.parametrize("name", zoo.TWELVE)
+def test_full_plan_of_the_twelve(name: str) -> None:
+    checks = proof.full_plan(zoo.build(name))
+    _all_hold(checks)
+    assert not [check.remark for check in checks if check.remark], "eager itself refused something"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", zoo.TWELVE)
+def test_every_plan_of_the_twelve(name: str, plan: str) -> None:
+    model = zoo.build(name)
+    _all_hold([*proof.compressed(model, proof.plans(model, 8)[plan])])
+    _all_hold([proof.ample_budget(model, proof.plans(model, 64)[plan])])
+
+
+@pytest.mark.parametrize("name", zoo.known(zoo.OTHERS))
+def test_full_plan_of_the_others(name: str) -> None:
+    _all_hold(proof.full_plan(zoo.build(name), []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.known(zoo.OTHERS))
+def test_generation_of_the_others(name: str) -> None:
+    _all_hold(proof.full_plan(zoo.build(name)))
+
+
+def test_there_are_sixty() -> None:
+    assert len(zoo.known()) >= 60
+    for name in zoo.known()[:: len(zoo.known()) // 8]:
+        model = zoo.build(name)
+        assert attention_calls(model, Batch(tokens(1, 4))) >= 1, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", zoo.known(zoo.UNROUTED))
+def test_what_is_never_reached_is_refused(name: str) -> None:
+    model = zoo.build(name)
+    batch = Batch(tokens(1, 6))
+    assert attention_calls(model, batch) == 0
+    before = model(batch.ids).logits
+    with pytest.raises(AttachError, match=type(model).__name__):
+        attach(model, "full")
+    assert torch.equal(model(batch.ids).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", zoo.known(tuple(zoo.REFUSED)))
+def test_what_needs_more_is_refused_by_name(name: str) -> None:
+    model = zoo.build(name)
+    before, _ = run(model, Batch(tokens(1, 6)))
+    with pytest.raises(AttachError, match=zoo.REFUSED[name]):
+        attach(model, "full")
+    assert torch.equal(run(model, Batch(tokens(1, 6)))[0], before)
