@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from regard.errors import UnknownNameError, require
 from regard.registry import Paper, import_all
 
-Verdict = Literal["reproduced", "partly", "not reproduced", "not run"]
+Verdict = Literal["reproduced", "partly", "not reproduced"]
 Need = Literal["cpu", "smollm2", "h100"]
 """cpu: nothing but the package; smollm2: the packaged model and texts, on any device; h100: timings on that GPU."""
 
@@ -34,7 +34,7 @@ class Measured:
     why: a sentence that holds the figures on which the verdict rests.
     """
 
-    value: float | None
+    value: float
     verdict: Verdict
     why: str
     details: dict[str, Any] = field(default_factory=dict)

@@ -63,8 +63,7 @@ def _link(entry: Claim) -> str:
 
 
 def _value(record: Record) -> str:
-    value = record.measured.value
-    return "" if value is None else f"{value:.3g} {_cell(record.claim['unit'])}".rstrip()
+    return f"{record.measured.value:.3g} {_cell(record.claim['unit'])}"
 
 
 def _cell(text: str) -> str:

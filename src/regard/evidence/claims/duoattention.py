@@ -8,6 +8,7 @@ from statistics import mean
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from regard.errors import UnsupportedError
 from regard.evidence.claim import Measured, Settings, claim
 from regard.evidence.language import per_cent, right_answers, samples
 from regard.inference.head_table import HeadTable, packaged_tables
@@ -35,10 +36,7 @@ SINKS, RECENT = 16, 128
 )
 def which_heads(settings: Settings) -> Measured:
     count, length = settings.pick((12, 2048), (1, 512))
-    name = next((t for t in packaged_tables() if "smollm2" in t), None)
-    if name is None:
-        return Measured(None, "not run", "no head table for SmolLM2 is packaged")
-    table = HeadTable.load(name)
+    table = _table()
     draw = random.Random(settings.seed)
     plans = {"full": "full", "table": _plan(table)}
     for number in range(3):
@@ -55,7 +53,7 @@ def which_heads(settings: Settings) -> Measured:
     else:
         verdict = "partly" if gain >= 20 else "not reproduced"
     why = f"right of {len(far)} prompts: " + ", ".join(f"{plan} {value:.0f} %" for plan, value in found.items())
-    return Measured(gain, verdict, why, {"right": right, "table": name, "made_by": table.made_by})
+    return Measured(gain, verdict, why, {"right": right, "made_by": table.made_by})
 
 
 @claim(
@@ -101,6 +99,14 @@ def memory(settings: Settings) -> Measured:
         verdict = "partly" if close else "not reproduced"
     why = "; ".join(f"{s:.0%} streaming: {found[s]:.3f} × less, formula {formula[s]:.3f}" for s in found)
     return Measured(found[0.5], verdict, why, {"measured": found, "formula": formula, "tokens": length})
+
+
+def _table() -> HeadTable:
+    """The packaged scores of SmolLM2's heads."""
+    for name in packaged_tables():
+        if "smollm2" in name:
+            return HeadTable.load(name)
+    raise UnsupportedError("no head table for SmolLM2 is packaged")
 
 
 def _plan(table: HeadTable) -> str:
