@@ -156,3 +156,16 @@ def test_long_map_takes_time_and_memory_of_blocks() -> None:
     assert min(times) < 1.0
     # per query block: 8 window blocks, the diagonal, and the block of the sinks where the window has left it
     assert int((mapped.kinds != EMPTY).sum()) == sum(min(q + 1, 9) + (q >= 9) for q in range(1024))
+
+
+ROWS = torch.arange(2048).view(2, 1024) // 100
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [streaming, ~documents(ROWS) & per_head([causal(), full()])], ids=repr)
+def test_cuda_gives_the_same(p: Pattern) -> None:
+    there, here = p.block_map(1024, block=64, refine=True, device="cuda"), p.block_map(1024, block=64, refine=True)
+    assert there.kinds.is_cuda and torch.equal(there.expand().cpu(), here.expand())
+    assert torch.equal(p.dense(1024, device="cuda").cpu(), p.dense(1024))
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(there.key_blocks(), here.key_blocks(), strict=True))
+    assert p.cost(1024, device="cuda") == p.cost(1024)
