@@ -185,7 +185,7 @@ BEGINNINGS = ((), ("padded", "page", "padded"), ("page", "page", "keep"))  # not
 SEQUENCE = st.lists(st.sampled_from((*STEPS, "fork")), max_size=12)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(BEGINNINGS), SEQUENCE, st.integers(0, 2**20))
 def test_any_sequence_of_operations(
     batch: int, heads: int, beginning: tuple[str, ...], steps: list[str], seed: int
@@ -264,6 +264,21 @@ def test_fork_shares_until_one_side_changes() -> None:
     assert store.groups()[0].k.data_ptr() == place, "the last holder writes in place"
     check(store, model)
     check(twin, twin_model)
+
+
+@pytest.mark.parametrize("step", sorted({*STEPS}))
+@pytest.mark.parametrize("unlike", [False, True])
+def test_nothing_done_to_one_side_of_a_fork_is_seen_on_the_other(step: str, unlike: bool) -> None:
+    for seed in range(3):
+        rng = random.Random(seed)
+        store, model = RaggedKV(2, 2, KEY, VALUE, torch.float32, "cpu"), Model(2, 2)
+        append(store, model, rng, 70, padding=unlike)
+        for side in (0, 1):
+            pairs = [(store.fork(), copy.deepcopy(model)), (store, copy.deepcopy(model))]
+            act(step, *pairs[side], rng)
+            for pair in pairs:
+                check(*pair)
+            store, model = pairs[0]
 
 
 def test_a_fork_survives_being_the_one_that_keeps() -> None:
