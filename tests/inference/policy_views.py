@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regard.inference.policy import LayerView
+from regard.inference.apply import select
+from regard.inference.policy import CachePolicy, LayerView
 
 KV_HEADS, GROUP, DIM, WINDOW = 2, 2, 4, 16
 
@@ -100,3 +101,9 @@ def kept(view: LayerView, index: Tensor, counts: Tensor) -> list[list[list[int]]
     """Positions kept, by row and KV head."""
     batch, heads = counts.shape
     return [[view.positions[b, h][index[b, h, : counts[b, h]]].tolist() for h in range(heads)] for b in range(batch)]
+
+
+def sealed(policy: CachePolicy, *prompts: Prompt, layer: int = 0) -> list[list[list[int]]]:
+    """Positions that a policy keeps of these rows, sealed in one batch: by row and KV head."""
+    view = view_of(prompts, layer=layer)
+    return kept(view, *select(policy, view))
