@@ -13,9 +13,10 @@ from regard.choose.records import Record
 from regard.choose.summary import PlanSummary
 
 WIDTH, HEIGHT = 560, 380
-LEFT, RIGHT, TOP, BOTTOM = 52, 104, 16, 46
+LEFT, RIGHT, TOP, BOTTOM = 50, 150, 14, 46
 LABEL_HEIGHT = 15
-DODGE = 9
+DODGE = 3
+LONGEST_NAME = 20
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -31,7 +32,7 @@ class Tick:
 class Point:
     """A plan in a scatter plot: its dot, the ends of its interval, and where its label stands."""
 
-    plan: str
+    name: str
     colour: int
     x: float
     y: float
@@ -117,7 +118,7 @@ def scatter(
     labels = spread([y_at(q.value) for _, q, _ in shown], TOP + 8, HEIGHT - BOTTOM - 4)
     points = tuple(
         Point(
-            plan=p.plan,
+            name=p.plan if len(p.plan) <= LONGEST_NAME else p.plan[: LONGEST_NAME - 1] + "…",
             colour=colours[p.plan],
             x=at,
             y=y_at(q.value),
@@ -176,7 +177,7 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def dodge(xs: Sequence[float]) -> list[float]:
-    """Dots on the same spot side by side, each column of dots around its place."""
+    """Dots that would stand on one spot, a few units apart around it, in their order."""
     out = list(xs)
     order = sorted(range(len(xs)), key=lambda i: xs[i])
     start = 0
@@ -184,9 +185,8 @@ def dodge(xs: Sequence[float]) -> list[float]:
         end = start + 1
         while end < len(order) and xs[order[end]] - xs[order[start]] < DODGE:
             end += 1
-        centre = fmean(xs[i] for i in order[start:end])
         for place, i in enumerate(sorted(order[start:end])):
-            out[i] = xs[i] if end - start == 1 else centre + (place - (end - start - 1) / 2) * DODGE
+            out[i] = xs[i] + (place - (end - start - 1) / 2) * DODGE
         start = end
     return out
 

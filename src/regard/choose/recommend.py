@@ -27,7 +27,7 @@ ALIKE = 0.05
 class Recommendation:
     """For one mode: the plan to take (None = these prompts cannot tell), the reason, and each plan's verdict.
 
-    samples: prompts per task with which the undecided would probably be decided; None where nothing is undecided.
+    samples: prompts per task with which the plan in doubt would probably be decided; None where none is.
     """
 
     mode: str
@@ -53,22 +53,22 @@ def recommend(
     within = [p for p in rivals if verdicts[p.plan] == "within"]
     undecided = [p for p in rivals if verdicts[p.plan] == "open"]
     n = full.quality.n
-    samples = max((_samples(p, floor, n) for p in undecided), default=None)
     if within:
         best = max(within, key=lambda p: _merit(p, within, objective))
         reason = _praise(best, within, full, max_drop, objective)
         better = [p for p in undecided if _clearly_better(p, best, objective)]
-        if better:
-            reason += f"; {_names(better)} may do better, but {_not_separable(better, floor, n)}"
-        return Recommendation(mode, best.plan, reason, verdicts, samples)
+        if not better:
+            return Recommendation(mode, best.plan, reason, verdicts, None)
+        rival = max(better, key=lambda p: _merit(p, better, objective))
+        reason += f"; {rival.plan} may do better, but is {_not_separable(rival, floor, n)}"
+        return Recommendation(mode, best.plan, reason, verdicts, _samples(rival, floor, n))
     if undecided:
-        best = max(undecided, key=lambda p: _merit(p, undecided, objective))
-        kept = _kept(best)
-        reason = (
-            f"{_not_separable(undecided, floor, n)}. {_names(undecided)} "
-            f"may or may not stay within {max_drop:.0%} of {baseline}; likeliest so far: {best.plan}, {kept}"
-        )
-        return Recommendation(mode, None, reason, verdicts, samples)
+        best = max(undecided, key=_quality)
+        several = len(undecided) > 1
+        cover = f"the intervals of {len(undecided)} plans cover" if several else "the interval of 1 plan covers"
+        doubt = f"{_not_separable(best, floor, n)}: {cover} a drop of {max_drop:.0%}"
+        reason = f"{doubt}; likeliest so far: {best.plan}, {_kept(best)}"
+        return Recommendation(mode, None, reason, verdicts, _samples(best, floor, n))
     nearest = max(rivals, key=lambda p: _quality(p))
     reason = f"{baseline}: no plan stays within {max_drop:.0%} of it; nearest is {nearest.plan}, {_kept(nearest)}"
     return Recommendation(mode, baseline, reason, verdicts, None)
@@ -148,16 +148,10 @@ def _kept(plan: PlanSummary) -> str:
     return f"{q.value:.0%} [{_percent(q.low)}, {_percent(q.high)}] of full's accuracy{memory}"
 
 
-def _not_separable(plans: Sequence[PlanSummary], floor: float, n: int) -> str:
-    wanted = max(_samples(p, floor, n) for p in plans)
-    if wanted >= MOST_SAMPLES:
-        return f"not separable with n={n}; run --samples {wanted}, and even that may not tell"
-    return f"not separable with n={n}; run --samples {wanted}"
-
-
-def _names(plans: Sequence[PlanSummary]) -> str:
-    names = [p.plan for p in plans]
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+def _not_separable(plan: PlanSummary, floor: float, n: int) -> str:
+    wanted = _samples(plan, floor, n)
+    doubt = ", and even that may not tell" if wanted >= MOST_SAMPLES else ""
+    return f"not separable with n={n}; run --samples {wanted}{doubt}"
 
 
 def _quality(plan: PlanSummary) -> float:

@@ -43,7 +43,7 @@ def render(results: Results) -> str:
         trim_blocks=False,
         keep_trailing_newline=True,
     )
-    colours = {name: 0 if name == BASELINE else 1 + (i - 1) % (COLOURS - 1) for i, name in enumerate(results.plans)}
+    colours = _colours(results)
     failures = [r for r in results.records if r.measure == "match" and r.score == 0 and r.plan != BASELINE]
     return environment.get_template("report.html.j2").render(
         settings=results.settings,
@@ -68,6 +68,15 @@ def embedded_json(value: Any) -> Markup:
     """JSON that may stand in a script element: no character in it can end the element or begin a comment."""
     text = json.dumps(value, allow_nan=False)  # ASCII only, so U+2028 and its like are escaped as well
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _colours(results: Results) -> dict[str, int]:
+    """A colour for each plan, the same at every budget; 0 is the baseline's."""
+    budgets = tuple(f" {budget}" for budget in results.settings.budget)
+    ends = {name: next((b for b in budgets if name.endswith(b)), "") for name in results.plans}
+    bare = {name: name.removesuffix(end) for name, end in ends.items()}
+    order = [name for name in dict.fromkeys(bare.values()) if name != BASELINE]
+    return {n: 0 if b == BASELINE else 1 + order.index(b) % (COLOURS - 1) for n, b in bare.items()}
 
 
 def _view(results: Results, mode: str, colours: dict[str, int]) -> dict[str, Any]:

@@ -64,9 +64,14 @@ def ratio_draws(plan: Sequence[float], full: Sequence[float], rng: np.random.Gen
     order."""
     pairs = _paired(plan, full)
     require(bool(np.isin(pairs, (0.0, 1.0)).all()), "plan", "other values", "1 (right) or 0 (wrong)")
+    require(bool(pairs[:, 1].any()), "full", "0 right", "at least one right answer: a ratio to nothing has no value")
     cells = [((pairs[:, 0] == p) & (pairs[:, 1] == f)).sum() for p, f in ((1, 1), (1, 0), (0, 1), (0, 0))]
     both, plan_only, full_only, _ = rng.dirichlet(np.array(cells) + PSEUDO, size=draws).T
-    return np.asarray((both + plan_only) / (both + full_only))
+    ratios = (both + plan_only) / (both + full_only)
+    observed = pairs[:, 0].mean() / pairs[:, 1].mean()
+    return np.asarray(
+        np.maximum(ratios - ratios.mean() + observed, 0.0)
+    )  # the pseudo-prompts widen, and must not shift
 
 
 def likelihood_draws(

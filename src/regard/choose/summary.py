@@ -98,8 +98,9 @@ def _plan(
 ) -> PlanSummary:
     firsts = [r.first_token_s for r in mine if r.first_token_s is not None]
     held = fmean(r.prompt_bytes for r in mine)
-    n = len({(r.task, r.length, r.index) for r in full})
-    quality = Interval(1.0, 1.0, 1.0, n) if is_baseline and full else quality_of(mine, full)
+    quality = quality_of(mine, full)
+    if is_baseline and quality is not None:
+        quality = Interval(1.0, 1.0, 1.0, quality.n)  # against itself there is no doubt
     return PlanSummary(
         plan=name,
         mode=mode,

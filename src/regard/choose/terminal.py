@@ -6,7 +6,6 @@ import math
 
 from rich import box
 from rich.console import Console, Group
-from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -30,40 +29,51 @@ def show(results: Results, console: Console) -> None:
             continue
         console.print()
         console.print(Text(MODE_TITLES[mode], style="bold"), Text(f"({MODE_MEANING[mode]})", style="dim"))
-        console.print(_table(rows))
+        console.print(_accuracy(rows))
+        console.print(_costs(rows))
         for advice in results.advice:
             if advice.mode == mode:
                 style = "green" if advice.plan else "yellow"
                 title = "Recommended" if advice.plan else "No winner yet"
-                console.print(
-                    Padding(Panel(Text(advice.reason), title=title, title_align="left", border_style=style), 0)
-                )
+                console.print(Panel(Text(advice.reason), title=title, title_align="left", border_style=style))
     notes = [*results.notices, *(f"left out of the comparison: {line}" for line in results.summary.left_out)]
     if notes:
         console.print(Group(*(Text(f"note: {line}", style="dim") for line in notes)))
 
 
-def _table(rows: list[PlanSummary]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("plan", no_wrap=True, style="bold")
+def _accuracy(rows: list[PlanSummary]) -> Table:
+    table = _empty()
     tasks = list(dict.fromkeys(score.task for row in rows for score in row.tasks))
     for task in tasks:
         table.add_column(Text(task), justify="right")
-    for name in ("of full’s accuracy", "KV held", "KV read/token", "first token", "tokens/s", "peak"):
-        table.add_column(name, justify="right")
+    table.add_column("of full’s accuracy", justify="right")
     for row in rows:
         scores = {score.task: score for score in row.tasks}
-        memory = "" if row.memory is None else f"{row.memory:.0%}"
+        cells = [score_text(scores[task]) if task in scores else "–" for task in tasks]
+        table.add_row(Text(row.plan), *cells, "–" if row.quality is None else share_text(row.quality))
+    return table
+
+
+def _costs(rows: list[PlanSummary]) -> Table:
+    table = _empty()
+    for name in ("KV held after prompt", "KV read a token", "first token", "tokens/s", "peak memory"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        memory = "" if row.memory is None else f" ({row.memory:.0%})"
         table.add_row(
             Text(row.plan),
-            *(score_text(scores[task]) if task in scores else "–" for task in tasks),
-            "–" if row.quality is None else share_text(row.quality),
-            f"{bytes_text(row.prompt_bytes)} {memory}",
+            bytes_text(row.prompt_bytes) + memory,
             bytes_text(row.read_bytes),
             seconds_text(row.first_token_s),
             speed_text(row),
             bytes_text(row.peak_bytes),
         )
+    return table
+
+
+def _empty() -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("plan", style="bold", overflow="fold", max_width=34)
     return table
 
 
