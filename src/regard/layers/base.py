@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,19 @@ class Output(NamedTuple):
     aux: Any = None
 
 
+@dataclass(frozen=True)
+class Example:
+    """The smallest instance worth testing: what the conformance suite gives to `create`, and how long inputs may be.
+
+    A mechanism with fixed layouts names its legal lengths; the others keep these, chosen to be awkward.
+    """
+
+    dim: int = 16
+    heads: int = 4
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = (1, 7, 63, 130)
+
+
 class Layer(nn.Module):
     """A mechanism as a layer, `(B, N, C) → (B, N, C)`. Made by `regard.create(key, dim=C, heads=H, ...)`.
 
@@ -36,7 +51,8 @@ class Layer(nn.Module):
     there what it can: `causal` (with `pattern=causal()` or by nature), `bidirectional` (without), `cross` (takes a
     context), `patterns` (takes any pattern), `gqa` (has a setting `kv_heads`, and `k_proj` / `v_proj` whose rows are
     those heads), `steps` (takes and returns a state), `compiles`. All take `key_padding`. What is declared is what the
-    conformance suite tests; what is declared False must be refused with an UnsupportedError.
+    conformance suite tests; what is declared False must be refused with an UnsupportedError (a setting that does not
+    exist is refused by `create`). Where the defaults do not do, `example=` gives a function that makes an Example.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -82,6 +98,10 @@ class Layer(nn.Module):
             shape, wanted = tuple(key_padding.shape), tuple(source.shape[:2])
             require(shape == wanted, "key_padding", shape, f"{wanted}: (B, {name})")
             require(key_padding.dtype == torch.bool, "key_padding", key_padding.dtype, "torch.bool, True = real")
+
+    def check_state(self, state: Any, kind: type) -> None:
+        """Raise ArgumentError unless the state is None or of the kind that this layer returns."""
+        require(state is None or isinstance(state, kind), "state", type(state).__name__, f"a {kind.__name__} or None")
 
     def refuse(self, what: str) -> UnsupportedError:
         """The error for something this mechanism does not do, with its registered name in it; to be raised."""

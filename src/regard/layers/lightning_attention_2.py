@@ -1,4 +1,4 @@
-"""The layer around Lightning Attention-2: TransNormerLLM's token mixer (Qin et al. 2024, arXiv 2401.04658, 2405.17381)."""
+"""The layer around Lightning Attention-2: TransNormerLLM's token mixer (Qin et al. 2024, arXiv 2401.04658)."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ class LightningAttention2Layer(Layer):
         if pattern is not None and pattern != causal():
             raise self.refuse(f"pattern {pattern!r}: it is causal by nature")
         self.check_tokens(x, context, key_padding)
+        self.check_state(state, DiagonalState)
         q, k, v = silu(self.q_proj(x)), silu(self.k_proj(x)), self.v_proj(x)
         if self.preset == "tnl-code":
             v = silu(v)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.attend import attend
 from regard.errors import require
-from regard.layers.base import Output, Padding, Tokens, without_padding
+from regard.layers.base import Example, Output, Padding, Tokens, without_padding
 from regard.layers.head_gathering import attend_gathered
 from regard.layers.multi_head_attention import KVState, MultiHeadAttention
 from regard.patterns import Pattern
@@ -45,6 +45,7 @@ class MoHAux(NamedTuple):
     gqa=True,
     steps=True,
     compiles=True,
+    example=lambda: Example(settings={"shared_heads": 1, "top_k": 2}),
 )
 class MixtureOfHeads(MultiHeadAttention):
     """Multi-head attention in which each token uses all shared heads and its `top_k` best of the routed ones.

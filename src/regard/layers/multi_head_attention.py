@@ -113,6 +113,7 @@ class MultiHeadAttention(Layer):
     ) -> tuple[Attending, KVState | None]:
         """Check the input; queries of x, keys and values of the context, or of all tokens so far; the next state."""
         self.check_tokens(x, context, key_padding)
+        self.check_state(state, KVState)
         q = self._split(self.q_proj(x), self.heads)
         source = x if context is None else context
         k, v = (self._split(project(source), self.kv_heads) for project in (self.k_proj, self.v_proj))
@@ -123,7 +124,7 @@ class MultiHeadAttention(Layer):
                 raise self.refuse("context with rotary=True: a context's tokens have no position beside the queries'")
             return Attending(q, k, v, key_padding, _count(x, None, 0), True), None
         if state is not None:
-            self._check_state(state, k)
+            self._check_fits(state, k)
         positions = _count(x, key_padding, _seen(state))
         if self.rotary:
             q, k = (rotate(t, positions, self.rotary_base) for t in (q, k))
@@ -137,8 +138,7 @@ class MultiHeadAttention(Layer):
     def _split(self, projected: Tensor, heads: int) -> Tensor:
         return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
-    def _check_state(self, state: KVState, k: Tensor) -> None:
-        require(isinstance(state, KVState), "state", type(state).__name__, "a KVState, as this layer returned it")
+    def _check_fits(self, state: KVState, k: Tensor) -> None:
         shape, wanted = tuple(state.k.shape), (k.shape[0], k.shape[1], "M", k.shape[3])
         fits = len(shape) == 4 and all(w in ("M", s) for s, w in zip(shape, wanted, strict=True))
         require(fits and state.v.shape == state.k.shape, "state", shape, f"{wanted}: (B, Hkv, M, D)")
