@@ -13,6 +13,9 @@ from regard.inference.call import AttentionCall, CallPattern
 def run_call(call: AttentionCall) -> Tensor:
     """(B, Hq, N, Dv) in q's dtype.
 
+    Masks of transformers are new functions in every forward, which a compiled kernel would be compiled for each time; so
+    they are drawn, by strips: torch's fused attention where it can, the reference for soft-caps and sinks.
+
     A padding query that sees nothing gets the plain mean of the values, as transformers' eager attention gives it
     (it adds the smallest float to every logit); recurrent layers of hybrids read such rows.
     """
@@ -42,6 +45,7 @@ def run_call(call: AttentionCall) -> Tensor:
         kv_positions=k_columns.clamp_min(0),
         kv_lengths=lengths,
         return_lse=padded_queries,
+        backend="sdpa" if call.softcap is None and call.sinks is None else "reference",
     )
     if not padded_queries:
         return result

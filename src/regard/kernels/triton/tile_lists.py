@@ -1,0 +1,143 @@
+"""A pattern as data for the block-sparse kernels: which tiles each block visits, and the bits of those half allowed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.patterns.block_map import distinct_heads
+from regard.patterns.tiles import EMPTY, FULL, PARTIAL
+
+if TYPE_CHECKING:
+    from regard.patterns.algebra import Pattern
+
+ENTRIES = 1 << 24
+"""Entries of PARTIAL tiles evaluated at a time."""
+KEPT = 16
+"""How many patterns' lists are kept, the most recently used."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """For every block of one side, the blocks of the other side to visit.
+
+    start (R, blocks, 3) int32: where its FULL tiles start in `other`, where its PARTIAL ones do, where they end; R counts
+    the distinct masks over batch rows and heads. other (T,) int32: blocks of the other side. slot (T,) int32: of a
+    PARTIAL tile, its place in the bits.
+    """
+
+    start: Tensor
+    other: Tensor
+    slot: Tensor
+
+    @property
+    def blocks(self) -> int:
+        return self.start.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Everything the kernels read of a pattern.
+
+    by_query, by_key: what each query block and each key block visits. bits (P, BM, BN // 8) uint8: the entries of each
+    PARTIAL tile, eight keys a byte, the first in the lowest bit. mask_of (B · H,) int32: which of the R masks a row and
+    head has. touched: share of all tiles visited, the mean over heads.
+    """
+
+    by_query: TileLists
+    by_key: TileLists
+    bits: Tensor
+    mask_of: Tensor
+    touched: float
+
+
+_kept: OrderedDict[tuple[object, ...], tuple[Pattern, Tiles]] = OrderedDict()
+
+
+def tiles_of(
+    pattern: Pattern, n: int, m: int, *, batch: int, heads: int, block: tuple[int, int], device: torch.device
+) -> Tiles:
+    """The lists of a pattern over n queries, the last of m positions, and m keys. Made once per pattern and shape."""
+    key = (pattern, tuple(id(t) for t in pattern.tensors()), n, m, batch if pattern.batched else 1, heads, block, device)
+    if key in _kept:
+        _kept.move_to_end(key)
+    else:
+        _kept[key] = (pattern, _build(pattern, n, m, batch, heads, block, device))  # the pattern keeps its tensors' ids taken
+        if len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    tiles = _kept[key][1]
+    if len(tiles.mask_of) != batch * heads:
+        return Tiles(tiles.by_query, tiles.by_key, tiles.bits, tiles.mask_of.repeat(batch), tiles.touched)
+    return tiles
+
+
+def _build(
+    pattern: Pattern, n: int, m: int, batch: int, heads: int, block: tuple[int, int], device: torch.device
+) -> Tiles:
+    bm, bn = block
+    grid = pattern.block_map(n, m, block=block, heads=heads, batch=batch, device=device)
+    different, of_head = distinct_heads(pattern, heads)
+    rows, groups, nq, nk = grid.kinds.shape
+    kinds = grid.kinds.reshape(rows * groups, nq, nk).clone()
+    if m % bn:  # keys beyond the end are masked by bits, so the last block of keys is never FULL
+        last = kinds[:, :, -1]
+        last[last == FULL] = PARTIAL
+    partial = kinds == PARTIAL
+    slots = (partial.flatten().cumsum(0, dtype=torch.int32) - 1).view_as(kinds)
+    bits = _bits(pattern, partial, of_head, groups, n, m, block, max(m - n, 0))
+    index = torch.tensor(of_head, dtype=torch.int32, device=device)
+    base = torch.arange(rows, dtype=torch.int32, device=device)[:, None] * groups
+    return Tiles(
+        _lists(kinds, slots),
+        _lists(kinds.transpose(1, 2), slots.transpose(1, 2)),
+        bits,
+        (base + index).flatten().contiguous(),
+        float((kinds != EMPTY).float().mean((1, 2)).view(rows, groups)[:, of_head].mean()),
+    )
+
+
+def _lists(kinds: Tensor, slots: Tensor) -> TileLists:
+    """kinds and slots (R, blocks, others)."""
+    masks, blocks, _ = kinds.shape
+    wanted = torch.stack([kinds == FULL, kinds == PARTIAL], 2)  # FULL first, then PARTIAL, each ascending
+    r, block, _, other = wanted.nonzero(as_tuple=True)
+    counts = wanted.sum(-1, dtype=torch.int32).view(masks * blocks, 2)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view(-1, 2)
+    start = torch.stack([ends[:, 0] - counts[:, 0], ends[:, 0], ends[:, 1]], 1)
+    return TileLists(
+        start.view(masks, blocks, 3).contiguous(), other.to(torch.int32), slots[r, block, other].contiguous()
+    )
+
+
+def _bits(
+    pattern: Pattern,
+    partial: Tensor,
+    of_head: list[int],
+    groups: int,
+    n: int,
+    m: int,
+    block: tuple[int, int],
+    q_offset: int,
+) -> Tensor:
+    """Bits of all PARTIAL tiles, in row-major order of `partial` (R, nq, nk)."""
+    bm, bn = block
+    device = partial.device
+    representative = torch.tensor([of_head.index(g) for g in range(groups)], device=device)
+    r, qb, kb = partial.nonzero(as_tuple=True)
+    bits = torch.empty(len(r), bm, bn // 8, dtype=torch.uint8, device=device)
+    weights = (2 ** torch.arange(8, device=device)).to(torch.uint8)
+    step = max(1, ENTRIES // (bm * bn))
+    for s in range(0, len(r), step):
+        part = slice(s, s + step)
+        i = qb[part, None, None] * bm + torch.arange(bm, device=device)[:, None]
+        j = kb[part, None, None] * bn + torch.arange(bn, device=device)
+        inside = (i < n) & (j < m)
+        i, j = i.clamp(max=n - 1) + q_offset, j.clamp(max=m - 1)
+        seen = pattern.rule((r[part] // groups)[:, None, None], representative[r[part] % groups][:, None, None], i, j)
+        seen = (seen & inside).view(-1, bm, bn // 8, 8)
+        bits[part] = (seen * weights).sum(-1, dtype=torch.uint8)
+    return bits
