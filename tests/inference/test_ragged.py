@@ -393,6 +393,13 @@ def test_state_that_does_not_fit_together(name: str) -> None:
         RaggedKV.from_state({**state, name: state[name].to(torch.int16)})
 
 
+def test_state_with_a_negative_length() -> None:
+    store = RaggedKV(1, 2, KEY, VALUE, torch.float32, "cpu")
+    append(store, Model(1, 2), random.Random(0), 3, padding=False)
+    with pytest.raises(StoreError, match="fit together"):
+        RaggedKV.from_state({**store.state(), "lengths": torch.tensor([[7, -1]])})
+
+
 def test_state_with_a_negative_position() -> None:
     store = RaggedKV(1, 1, KEY, VALUE, torch.float32, "cpu")
     append(store, Model(1, 1), random.Random(0), 3, padding=False)

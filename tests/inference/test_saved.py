@@ -159,6 +159,15 @@ def test_a_missing_or_an_added_tensor(saved: Path) -> None:
         load_state(saved)
 
 
+def test_a_tensor_in_another_shape(saved: Path) -> None:
+    with safe_open(saved, framework="pt") as file:
+        described = dict(file.metadata())
+    held = load_file(saved)
+    save_file({**held, "0.k": held["0.k"].view(3, 5)}, saved, metadata=described)
+    with pytest.raises(StoreError, match="checksum"):
+        load_state(saved)
+
+
 @pytest.mark.parametrize("field", ["meta", "tensors"])
 @pytest.mark.parametrize("text", [None, "{", "3", "[" * 100_000])
 def test_metadata_that_is_not_what_it_should_be(saved: Path, field: str, text: str | None) -> None:
@@ -205,6 +214,10 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("regard.inference.saved.save_file", full)
+    with pytest.raises(ArgumentError, match="No space left"):
+        save_state(saved, {}, {})
+    monkeypatch.undo()
+    monkeypatch.setattr("regard.inference.saved.os.replace", full)  # nothing reaches the old file before this
     with pytest.raises(ArgumentError, match="No space left"):
         save_state(saved, {}, {})
     assert load_state(saved)[1] == META and [p.name for p in saved.parent.iterdir()] == [saved.name]

@@ -215,7 +215,7 @@ class RaggedKV:
         counts, lengths = counts.cpu().reshape(-1), self.lengths.view(-1)
         fits = bool(((counts >= 0) & (counts <= width) & (counts <= lengths)).all())
         require(fits, "counts", counts.view(lanes).tolist(), f"0 … the lane's length, at most {width}")
-        longest = int(counts.max()) if len(counts) else 0
+        longest = max(counts.tolist(), default=0)
         wanted = torch.arange(width, device=self.device) < self._there(counts)[:, None]
         slots = index.to(self.device).reshape(len(counts), width).masked_fill(~wanted, ABSENT).sort(-1).values
         slots, wanted = slots[:, :longest], wanted[:, :longest]
@@ -252,10 +252,9 @@ class RaggedKV:
             if len(which) == 0:
                 continue
             group.own()
-            lanes_there, lengths = group.lanes_there, group.lengths_there
-            if not everyone:
-                lanes_there, lengths = lanes_there[which], lengths[which]
-            group.content.write(which, slot[lanes_there], group.content.at(which, lengths - 1))
+            chosen = slice(None) if everyone else which
+            last = group.lengths_there[chosen] - 1
+            group.content.write(which, slot[group.lanes_there[chosen]], group.content.at(which, last))
             if everyone:
                 group.grow(-1)
             else:
