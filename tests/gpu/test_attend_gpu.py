@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tests.naive_attention import qkv
@@ -112,6 +114,35 @@ def test_other_ids_do_not_compile_again() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("pattern", [lambda w: P.causal() & P.sliding_window(w), lambda w: P.dilated_window(w, 3)])
+def test_other_windows_and_lengths_soon_need_no_new_kernel(pattern: Callable[[int], P.Pattern]) -> None:
+    """And stay right, backward included, in the kernel that serves them all."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for n, window in ((256, 30), (300, 40), (419, 55), (1000, 70), (130, 11)):
+        check({"pattern": pattern(window)}, sample(torch.float32, n=n, m=n), "flex")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_more_kernels_than_torch_allows_by_default() -> None:
+    """Nine structures: none may end in the unfused fallback, which torch would choose without a word."""
+    q, k, v = sample(torch.bfloat16, n=2048, m=2048)
+    pattern = P.causal()
+    for extra in range(9):
+        pattern = pattern & (P.sliding_window(100 + extra) | P.attention_sink(extra + 1))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attend(q, k, v, pattern=pattern, backend="flex")
+        assert torch.cuda.max_memory_allocated() - before < 64 << 20  # the map in float32: 128 MiB
+
+
+def test_a_block_map_made_under_inference_mode_serves_a_backward() -> None:
+    given = {"pattern": P.causal() & P.sliding_window(77)}
+    with torch.inference_mode():
+        attend(*sample(torch.float32), **given, backend="flex")
+    check(given, sample(torch.float32), "flex")
+
+
 def test_long_sequences_never_meet_a_map_of_queries_by_keys() -> None:
     q, k, v = qkv(batch=1, n=32768, width=64, value_width=64, dtype=torch.bfloat16, device="cuda")
     pattern = P.causal() & (P.sliding_window(256) | P.attention_sink(4))
@@ -134,8 +165,8 @@ def test_auto_prefers_what_is_fast() -> None:
         ({"pattern": window}, "flex"),
         ({"pattern": P.causal(), "return_lse": True}, "flex"),
     ):
-        assert attend(q, k, v, **given, explain=True)[1].executor == expected
-    assert attend(q[:, :, -1:], k, v, pattern=window, explain=True)[1].executor == "sdpa"
+        assert attend(q, k, v, **given, explain=True)[-1].executor == expected
+    assert attend(q[:, :, -1:], k, v, pattern=window, explain=True)[-1].executor == "sdpa"
     dispatch._announced.clear()
     with pytest.warns(UserWarning, match="plain torch reference"):
         attend(q, k, v, normalizer=lambda logits, visible: logits.relu() * visible)

@@ -78,3 +78,12 @@ def test_block_lists_hold_each_tile_once(name: str) -> None:
             listed.scatter_add_(-1, index.long(), taken.int())
             assert torch.equal(listed, (kinds == kind).int())
         assert mask.seq_lengths == (21, 37) and mask.kv_indices.dtype == torch.int32
+
+
+def test_a_block_map_is_remembered_by_structure_and_lengths_only_where_it_may_be() -> None:
+    plain, other, _ = requests("window and sinks")
+    assert block_mask_of(plain, 8) is block_mask_of(requests("window and sinks")[0], 8)
+    assert block_mask_of(plain, 8) is not block_mask_of(plain, 4)
+    assert block_mask_of(other, 8) is not block_mask_of(other, 8)
+    documents = requests("documents")[0]
+    assert block_mask_of(documents, 8) is not block_mask_of(documents, 8)

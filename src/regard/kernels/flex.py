@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,9 @@ from regard.kernels.request import Request
 from regard.kernels.tiles import FULL, PARTIAL, tile_kinds
 
 BLOCK = 128
+_KERNELS = 1024  # compiled kernels before torch refuses
+_REMEMBERED = 8  # block maps: four int32 lists of (heads that differ) × (N/128) × (M/128) entries each
+_remembered: dict[Hashable, BlockMask] = {}
 
 
 def refuses(request: Request) -> str | None:
@@ -44,7 +47,7 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     wants_lse = request.return_lse or request.sinks is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")  # asked for, on a CPU
-        result = _kernel(q.is_cuda)(
+        result = (_run_compiled if q.is_cuda else flex_attention)(
             q,
             k,
             v,
@@ -61,14 +64,39 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
 
 
 @cache
-def _kernel(compiled: bool) -> Callable[..., Any]:
-    # static shapes: each length gets its own kernel, but none is slower for lengths that came before it
+def _compiled() -> Callable[..., Any]:
+    # Shapes and a pattern's numbers are fixed in the first kernel; the second that differs in them makes them free in
+    # all later ones (about a tenth slower, and no further wait). fullgraph: where compilation is given up, torch would
+    # else fall back to the unfused form without a word, which holds the whole map.
     kernel: Callable[..., Any] = flex_attention
-    return torch.compile(kernel, dynamic=False) if compiled else kernel
+    return torch.compile(kernel, fullgraph=True)
+
+
+def _run_compiled(*tensors: Tensor, **given: Any) -> Any:
+    # torch's limit of eight kernels is meant for functions that should never need more; patterns may be many
+    with torch._dynamo.config.patch(recompile_limit=_KERNELS, accumulated_recompile_limit=_KERNELS):
+        return _compiled()(*tensors, **given)
 
 
 def block_mask_of(request: Request, block: int = BLOCK) -> BlockMask:
-    """FlexAttention's BlockMask from tile answers: time in tiles, never N·M."""
+    """FlexAttention's BlockMask from tile answers: time in tiles, never N·M.
+
+    Remembered where it depends on the pattern's structure and the lengths alone.
+    """
+    pattern = request.pattern
+    if not request.aligned or request.exists is not None or pattern is None or pattern.tensors():
+        return _build(request, block)
+    key = (pattern, request.q.shape[1:3], request.k.shape[2], request.q.device, block)
+    mask = _remembered.get(key)
+    if mask is None:
+        while len(_remembered) >= _REMEMBERED:
+            _remembered.pop(next(iter(_remembered)), None)
+        with torch.inference_mode(False):  # what is made under inference mode could never serve a backward
+            mask = _remembered[key] = _build(request, block)
+    return mask
+
+
+def _build(request: Request, block: int) -> BlockMask:
     kinds = tile_kinds(request, block, block)
     partial, full = (_lists(kinds == kind) for kind in (PARTIAL, FULL))
     return BlockMask.from_kv_blocks(

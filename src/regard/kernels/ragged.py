@@ -95,7 +95,7 @@ def ragged_attend(
     if len(groups) == 1 and groups[0].complete:
         stacked = q.reshape(lanes, 1, *shape[2:])
         out, lse = _group(stacked, groups[0], n, scale, softcap, sinks, visible, fused)
-        out = out.view(batch, heads, n, -1)
+        out = out.reshape(batch, heads, n, -1)
         return (out, lse.view(batch, heads, n)) if lse is not None else out
     stacked = q.reshape(shape)
     outs = q.new_zeros((*shape[:3], groups[0].v.shape[2]))

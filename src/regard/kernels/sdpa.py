@@ -64,7 +64,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: floa
     group = heads // k.shape[1]
     stacked = q.reshape(batch, k.shape[1], group * n, width)
     if visible is None:
-        return F.scaled_dot_product_attention(stacked, k, v, scale=scale).view(batch, heads, n, -1)
+        return F.scaled_dot_product_attention(stacked, k, v, scale=scale).reshape(batch, heads, n, -1)
     something = visible.any(-1, keepdim=True)
     mask = visible | ~something  # torch leaves rows without a key undefined: let them see all, then drop what they saw
     if group > 1:
@@ -72,5 +72,5 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: floa
             mask.unflatten(1, (-1, group)) if mask.shape[1] == heads else mask[:, :, None].expand(-1, -1, group, -1, -1)
         )
         mask = mask.flatten(2, 3)
-    out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scale).view(batch, heads, n, -1)
+    out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scale).reshape(batch, heads, n, -1)
     return torch.where(something, out, torch.zeros((), dtype=out.dtype, device=out.device))
