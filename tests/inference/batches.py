@@ -82,7 +82,7 @@ def run(
         if batch.positions is not None and accepts_positions(model):
             given["position_ids"] = batch.positions[:, start:end]
         result = model(input_ids=batch.ids[:, start:end], **given)
-        cache = result.past_key_values
+        cache = getattr(result, "past_key_values", None)  # recurrent models without attention have other names
         out.append(result.logits)
         start = end
     return torch.cat(out, 1), cache

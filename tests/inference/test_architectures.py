@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tests.inference import proof, zoo
 from tests.inference.batches import Batch, run, tokens
 from tests.inference.struck_out import attention_calls
+from tests.inference.write_architectures import DOCS, page
 
 from regard.errors import AttachError
 from regard.inference.seam import attach
@@ -32,6 +35,10 @@ def test_full_plan_of_the_twelve(name: str) -> None:
 @pytest.mark.parametrize("name", zoo.TWELVE)
 def test_every_plan_of_the_twelve(name: str, plan: str) -> None:
     model = zoo.build(name)
+    if (name, plan) in zoo.REFUSED_PLANS:
+        with pytest.raises(AttachError, match=zoo.REFUSED_PLANS[name, plan]):
+            attach(model, proof.plans(model, 8)[plan])
+        return
     _all_hold([*proof.compressed(model, proof.plans(model, 8)[plan])])
     _all_hold([proof.ample_budget(model, proof.plans(model, 64)[plan])])
 
@@ -67,10 +74,30 @@ def test_what_is_never_reached_is_refused(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", zoo.known(tuple(zoo.REFUSED)))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="not noticed yet"))
+        if name in zoo.UNNOTICED
+        else name
+        for name in zoo.known(tuple(zoo.REFUSED))
+    ],
+)
 def test_what_needs_more_is_refused_by_name(name: str) -> None:
     model = zoo.build(name)
     before, _ = run(model, Batch(tokens(1, 6)))
     with pytest.raises(AttachError, match=zoo.REFUSED[name]):
         attach(model, "full")
     assert torch.equal(run(model, Batch(tokens(1, 6)))[0], before)
+
+
+def test_the_table_is_what_was_measured() -> None:
+    data = json.loads((DOCS / "architectures.json").read_text(encoding="utf-8"))
+    assert page(data) == (DOCS / "architectures.md").read_text(encoding="utf-8")
+    assert sum(row["full"]["ok"] for row in data["served"]) >= 60
+    twelve = {row["architecture"]: row["plans"] for row in data["served"] if "plans" in row}
+    assert set(twelve) == set(zoo.TWELVE)
+    for name, plans in twelve.items():
+        assert set(plans) == set(PLANS)
+        failed = {plan for plan, outcome in plans.items() if not outcome["ok"]}
+        assert failed == {plan for refused, plan in zoo.REFUSED_PLANS if refused == name}

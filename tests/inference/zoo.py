@@ -61,7 +61,7 @@ REFUSED: dict[str, str] = {
     "axk2": "caches in",  # keys of an indexer, beside its own
     "deepseek_v32": "caches in",
     "deepseek_v4": "caches in",  # compressed keys
-    "doge": "mask",  # computes on the drawn mask
+    "doge": "(?i)mask",  # computes on the drawn mask
     "glm_moe_dsa": "caches in",
     "hy_v4": "caches in",
     "inkling2_text": "position_bias",
@@ -69,6 +69,12 @@ REFUSED: dict[str, str] = {
     "moshi": "window",  # its window exists only as transformers' sliding cache layer, not in its mask
 }
 """Models that reach the attention interface and need more than it says: what the refusal must name."""
+
+UNNOTICED = ("moshi",)
+"""Of these, the ones that `attach` does not refuse yet although the proof fails."""
+
+REFUSED_PLANS = {("deepseek_v3", "duoattention"): "latent"}
+"""One latent serves all heads of a layer, so heads cannot keep different entries."""
 
 COMMON: dict[str, Any] = {
     "hidden_size": 32,
