@@ -64,7 +64,9 @@ sorted_ids = ids.map(sorted)
 runs = st.lists(st.tuples(st.integers(-1, 4), st.integers(1, 12)), min_size=1, max_size=8).map(
     lambda pairs: ([x for x, times in pairs for _ in range(times)] + [7] * POSITIONS)[:POSITIONS]
 )
-packed = st.one_of(ids, sorted_ids, runs)
+holes = st.sets(st.integers(0, POSITIONS - 1), max_size=POSITIONS // 2)
+punched = st.builds(lambda row, gone: [-1 if x in gone else d for x, d in enumerate(row)], sorted_ids, holes)
+packed = st.one_of(ids, sorted_ids, runs, punched)
 size = st.integers(1, 12)
 
 PRIMITIVES: dict[str, st.SearchStrategy[Case]] = {

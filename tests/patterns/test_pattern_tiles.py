@@ -84,6 +84,8 @@ def test_documents_say_when_they_are_exact() -> None:
     interrupted = documents(torch.tensor([0, 1, 0, 1, 2, 2]))
     assert not interrupted.exact
     assert not documents(torch.tensor([[0, 0, 1], [0, 1, 0]])).exact
+    hole = documents(torch.tensor([0, -1, -1, 0]))  # the two in the middle see nothing, not even one another
+    assert hole.exact and hole.block_map(4, block=1).kinds[0, 0, 1].tolist() == [0, 0, 0, 0]
     # FULL stays exact; an EMPTY that is missed is found by refine
     assert interrupted.block_map(6, block=2).kinds[0, 0].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 2]]
     missed = documents(torch.tensor([0, 2, 1, 0, 2, 1])).block_map(6, block=1)
