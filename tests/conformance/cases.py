@@ -32,6 +32,10 @@ def check(name: str, *, kind: str = "layer", declared: str | None = None) -> Cal
     return _over(name, kind, [k for k in keys(kind) if declared is None or _declares(kind, k, declared)], "passed")
 
 
+UNDECLARED = {"torch.compile"}
+"""Checks of what nothing refuses: a mechanism that does not declare it is simply not vouched for."""
+
+
 def refusal(name: str, *, declared: str, kind: str = "layer") -> Callable[[Test], Test]:
     """Run a test for every mechanism that declares `declared=False`: it shows that the thing is refused by name."""
     return _over(name, kind, [k for k in keys(kind) if not _declares(kind, k, declared)], "refused")

@@ -262,11 +262,6 @@ def test_compiled_is_eager(key: str) -> None:
         torch.testing.assert_close(got, want, **EXACT)
 
 
-@refusal("torch.compile", declared="compiles")
-def test_not_compiled(key: str) -> None:
-    """Nothing to refuse: a layer that is not compiled still runs; the column says that nobody vouches for it."""
-
-
 @check("bad input")
 def test_bad_input_is_named(key: str) -> None:
     layer, about = make(key), example(key)

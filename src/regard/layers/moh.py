@@ -144,7 +144,8 @@ class MixtureOfHeads(MultiHeadAttention):
         """A MoH layer with the weights of a trained dense layer, its routers at zero, to go on training from.
 
         So every active head starts with weight 1, and with all heads active it is the dense layer. Routers at zero are
-        not stuck: ties break by index, and L_b and the task's gradient pull the scores apart from the first step."""
+        not stuck: some K heads win the tie, and L_b and the task's gradient pull the scores apart from the first step.
+        """
         layer = cls(
             dense.dim,
             dense.heads,
