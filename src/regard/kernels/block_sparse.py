@@ -1,0 +1,63 @@
+"""The Triton block-sparse kernels as an executor: exact attention under any pattern, forward and backward, on a GPU."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from regard.kernels.request import Request
+from regard.patterns import full
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def refuses(request: Request) -> str | None:
+    """Why these kernels cannot serve the request; None when they can."""
+    q, v = request.q, request.v
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels run on CUDA (or anywhere, slowly, under TRITON_INTERPRET=1)"
+    for name in ("score", "normalizer", "softcap", "exists"):
+        if getattr(request, name) is not None:
+            return f"it takes no {'key padding or missing keys' if name == 'exists' else name}"
+    if not request.aligned:
+        return "it takes no positions of their own"
+    if q.shape[2] > request.k.shape[2]:
+        return f"{q.shape[2]} queries are more than {request.k.shape[2]} keys"
+    for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
+        if size not in HEAD_DIMS:
+            return f"{name}'s head dim is {size}; it takes {', '.join(map(str, HEAD_DIMS))}"
+    if q.dtype not in DTYPES:
+        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {q.dtype}"
+    if request.scale <= 0:
+        return f"scale is {request.scale}; it takes a positive one"
+    return None
+
+
+def run(request: Request) -> tuple[Tensor, Tensor | None]:
+    """out (B, Hq, N, Dv) and lse (B, Hq, N) float32."""
+    from regard.kernels.triton.block_sparse import BlockSparse, launches
+    from regard.kernels.triton.tile_lists import tiles_of
+
+    q, k, v = request.q, request.k, request.v
+    block, how = launches(q.shape[3], v.shape[3], q.dtype)
+    tiles = tiles_of(
+        request.pattern if request.pattern is not None else full(),
+        q.shape[2],
+        k.shape[2],
+        batch=q.shape[0],
+        heads=q.shape[1],
+        block=block,
+        device=q.device,
+    )
+    out, lse = BlockSparse.apply(q, k, v, tiles, block, request.scale, how)
+    if request.sinks is not None:
+        sinks = request.sinks.to(lse.dtype)[None, :, None]
+        out = (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+        lse = torch.logaddexp(lse, sinks)
+    return out, lse
