@@ -7,12 +7,19 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, get_args
 
-from regard.errors import UnknownNameError, require
+from regard.errors import ArgumentError, UnknownNameError, require
 from regard.registry import Paper, import_all
 
 Verdict = Literal["reproduced", "partly", "not reproduced"]
 Need = Literal["cpu", "smollm2", "h100"]
 """cpu: nothing but the package; smollm2: the packaged model and texts, on any device; h100: timings on that GPU."""
+
+
+def verdict(*, reproduced: bool, partly: bool) -> Verdict:
+    """The word for it: the stricter of the two that holds."""
+    if reproduced:
+        return "reproduced"
+    return "partly" if partly else "not reproduced"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ _CLAIMS: dict[str, Claim] = {}
 def claim(
     id: str,
     *,
-    paper: Paper,
+    paper: Paper | None,
     statement: str,
     figure: str,
     measurement: str,
@@ -80,6 +87,8 @@ def claim(
     minutes: float,
 ) -> Callable[[Callable[[Settings], Measured]], Callable[[Settings], Measured]]:
     """Decorator: the function measures this claim. `id` is PAPER/WHAT. Raises ArgumentError when the id is taken."""
+    if paper is None:
+        raise ArgumentError("paper", None, "the paper whose claim it is")
     require(id.count("/") == 1 and id.replace("/", "").replace("-", "").isalnum(), "id", id, "PAPER/WHAT, of a-z 0-9 -")
     require(needs in get_args(Need), "needs", needs, ", ".join(get_args(Need)))
 

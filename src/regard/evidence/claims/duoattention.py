@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from regard.errors import UnsupportedError
-from regard.evidence.claim import Measured, Settings, claim
+from regard.evidence.claim import Measured, Settings, claim, verdict
 from regard.evidence.language import per_cent, right_answers, samples
 from regard.inference.head_table import HeadTable, packaged_tables
 from regard.inference.plan import Plan
@@ -48,12 +48,9 @@ def which_heads(settings: Settings) -> Measured:
     found = {plan: per_cent(values) for plan, values in right.items()}
     chance = mean(value for plan, value in found.items() if plan.startswith("random"))
     gain = found["table"] - chance
-    if gain >= 20 and found["table"] >= found["full"] - 15:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if gain >= 20 else "not reproduced"
+    word = verdict(reproduced=gain >= 20 and found["table"] >= found["full"] - 15, partly=gain >= 20)
     why = f"right of {len(far)} prompts: " + ", ".join(f"{plan} {value:.0f} %" for plan, value in found.items())
-    return Measured(gain, verdict, why, {"right": right, "made_by": table.made_by})
+    return Measured(gain, word, why, {"right": right, "made_by": table.made_by})
 
 
 @claim(
@@ -93,12 +90,9 @@ def memory(settings: Settings) -> Measured:
             found[share] = whole / store.held_bytes
         formula[share] = 1 / (1 - share * (1 - 320 / length))
     close = all(abs(found[s] / formula[s] - 1) <= 0.01 for s in found)
-    if close and found[0.5] >= 1.67 and found[0.75] >= 2.55:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if close else "not reproduced"
+    word = verdict(reproduced=close and found[0.5] >= 1.67 and found[0.75] >= 2.55, partly=close)
     why = "; ".join(f"{s:.0%} streaming: {found[s]:.3f} × less, formula {formula[s]:.3f}" for s in found)
-    return Measured(found[0.5], verdict, why, {"measured": found, "formula": formula, "tokens": length})
+    return Measured(found[0.5], word, why, {"measured": found, "formula": formula, "tokens": length})
 
 
 def _table() -> HeadTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regard.evidence.claim import Measured, Settings, claim
+from regard.evidence.claim import Measured, Settings, claim, verdict
 from regard.evidence.language import decoded_nll, passages, perplexity, smollm2
 from regard.inference.seam import attach
 from regard.registry import lookup
@@ -44,10 +44,10 @@ def fifth_of_the_cache(settings: Settings) -> Measured:
                 losses[name].append(decoded_nll(own, ids[prompt - 1 :]))
     found = {name: perplexity(torch.cat(parts)) for name, parts in losses.items()}
     ratio = {name: value / found["full"] for name, value in found.items()}
-    if ratio["h2o"] <= 1.1 and ratio["recent only"] >= 1.5:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if ratio["h2o"] < min(ratio["recent only"], ratio["random"]) else "not reproduced"
+    word = verdict(
+        reproduced=ratio["h2o"] <= 1.1 and ratio["recent only"] >= 1.5,
+        partly=ratio["h2o"] < min(ratio["recent only"], ratio["random"]),
+    )
     why = "perplexity: " + ", ".join(f"{name} {value:.1f}" for name, value in found.items())
     details = {"perplexity": found, "passages": count, "prompt": prompt, "tail": tail}
-    return Measured(ratio["h2o"], verdict, why, details)
+    return Measured(ratio["h2o"], word, why, details)

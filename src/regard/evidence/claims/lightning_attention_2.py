@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from regard.evidence.claim import Measured, Settings, claim
+from regard.evidence.claim import Measured, Settings, claim, verdict
 from regard.evidence.timing import milliseconds
 from regard.recurrence.lightning_attention_2 import PAPER, LightningAttention2, LightningInputs, tnl_log_decay
 
@@ -37,16 +37,13 @@ def constant_speed(settings: Settings) -> Measured:
     flat = bool(linear.min() >= 0.9 * mean and linear.max() <= 1.1 * mean)
     flat_memory = bool(memory.max() <= 1.1 * memory.min())
     ratio, falls = float(linear.min() / linear.max()), float(dense[0] / dense[-1])
-    if flat and flat_memory:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if ratio >= 0.5 and falls > 10 else "not reproduced"
+    word = verdict(reproduced=flat and flat_memory, partly=ratio >= 0.5 and falls > 10)
     why = (
         f"{linear.min() / 1e6:.2f} to {linear.max() / 1e6:.2f} M tokens/s from {lengths[0]} to {lengths[-1]} tokens "
         f"({(linear.min() / mean - 1) * 100:+.0f} % … {(linear.max() / mean - 1) * 100:+.0f} % of the mean), "
         f"peak memory × {memory.max() / memory.min():.2f}; dense attention becomes {falls:.0f} times slower meanwhile"
     )
-    return Measured(ratio, verdict, why, {"rows": rows, "heads": HEADS, "dim": DIM, "chunk_size": CHUNK})
+    return Measured(ratio, word, why, {"rows": rows, "heads": HEADS, "dim": DIM, "chunk_size": CHUNK})
 
 
 def _at(length: int, tokens: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from statistics import mean
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from regard.errors import UnsupportedError
-from regard.evidence.claim import Measured, Settings, claim
+from regard.evidence.claim import Measured, Settings, claim, verdict
 from regard.evidence.timing import milliseconds
 from regard.layers import create
 from regard.layers.moh import PAPER
@@ -45,13 +46,10 @@ def digits(settings: Settings) -> Measured:
         accuracy[name].append(_train(*MODELS[name], data, steps, settings.seed * 100 + seed))
     means = {name: mean(values) for name, values in accuracy.items()}
     dense, most, half = means.values()
-    if min(most, half) >= dense - 0.5:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if most >= dense - 0.5 else "not reproduced"
+    word = verdict(reproduced=min(most, half) >= dense - 0.5, partly=most >= dense - 0.5)
     listed = "; ".join(f"{name} of the heads: {value:.2f} %" for name, value in means.items())
     why = f"mean of {len(seeds)} seeds — {listed}"
-    return Measured(half - dense, verdict, why, {"accuracy": accuracy, "steps": steps, "seeds": seeds})
+    return Measured(half - dense, word, why, {"accuracy": accuracy, "steps": steps, "seeds": seeds})
 
 
 class _Block(nn.Module):
@@ -150,8 +148,8 @@ def gathered_speed(settings: Settings) -> Measured:
     times = {}
     for name, model in models.items():
         model.to("cuda", torch.bfloat16)
-        times[name] = milliseconds(lambda model=model: model(x, pattern=causal()))
+        times[name] = milliseconds(partial(model, x, pattern=causal()))
     ratio = times["MoH gathered"] / times["multi-head attention"]
-    verdict = "reproduced" if ratio <= 0.8 else "partly" if ratio <= 1 else "not reproduced"
+    word = verdict(reproduced=ratio <= 0.8, partly=ratio <= 1)
     why = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-    return Measured(ratio, verdict, why, {"ms": times, **sizes, **routed, "tokens": tokens, "batch": 4})
+    return Measured(ratio, word, why, {"ms": times, **sizes, **routed, "tokens": tokens, "batch": 4})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from regard.evidence.claim import Measured, Settings, claim
+from regard.evidence.claim import Measured, Settings, claim, verdict
 from regard.evidence.language import per_cent, right_answers, samples, smollm2
 from regard.inference.seam import attach
 from regard.registry import lookup
@@ -54,14 +54,11 @@ def needle(settings: Settings) -> Measured:
     found = {name: per_cent(values) for name, values in right.items()}
     budgets = [int(name.split()[1]) for name in found if name.startswith("snapkv")]
     good = [b for b in budgets if found[f"snapkv {b}"] >= found["full"] - 15 and found[f"streaming {b}"] <= 15]
-    if good == budgets:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if budgets[-1] in good else "not reproduced"
+    word = verdict(reproduced=good == budgets, partly=budgets[-1] in good)
     loss = sum(found["full"] - found[f"snapkv {b}"] for b in budgets) / len(budgets)
     named = [f"{name} {value:.0f} %" for name, value in found.items() if "pooling" not in name]
     why = f"right of {len(prompts)} prompts: " + ", ".join(named)
-    return Measured(loss, verdict, why, {"right": right, "depths": [p.depth for p in prompts]})
+    return Measured(loss, word, why, {"right": right, "depths": [p.depth for p in prompts]})
 
 
 @claim(
@@ -81,10 +78,10 @@ def pooling(settings: Settings) -> Measured:
     budgets = [int(name.split()[1]) for name in found if name.startswith("snapkv")]
     gains = [found[f"snapkv {b}"] - found[f"no pooling {b}"] for b in budgets]
     gain = sum(gains) / len(gains)
-    verdict = "reproduced" if min(gains) > 0 else "partly" if gain > 0 else "not reproduced"
+    word = verdict(reproduced=min(gains) > 0, partly=gain > 0)
     named = [f"{found[f'snapkv {b}']:.0f} against {found[f'no pooling {b}']:.0f} % at {b}" for b in budgets]
     why = f"right of {len(prompts)} prompts, pooled against not: " + ", ".join(named)
-    return Measured(gain, verdict, why, {"right": right})
+    return Measured(gain, word, why, {"right": right})
 
 
 @claim(
@@ -105,15 +102,12 @@ def hit_rate(settings: Settings) -> Measured:
     rates = torch.stack([_overlap(prompt, budget, steps) for prompt in prompts]).mean((0, 2))  # (layers,)
     chance = (budget - 16) / (length - 16)
     hit = float(rates.mean())
-    if hit >= 0.5 and float(rates.min()) >= 2 * chance:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if hit >= 2 * chance else "not reproduced"
+    word = verdict(reproduced=hit >= 0.5 and float(rates.min()) >= 2 * chance, partly=hit >= 2 * chance)
     why = (
         f"{100 * hit:.0f} % of the most attended positions were kept, {100 * rates.min():.0f} to "
         f"{100 * rates.max():.0f} % by layer; by chance {100 * chance:.0f} %"
     )
-    return Measured(100 * hit, verdict, why, {"by_layer": [round(float(r), 4) for r in rates], "chance": chance})
+    return Measured(100 * hit, word, why, {"by_layer": [round(float(r), 4) for r in rates], "chance": chance})
 
 
 @torch.no_grad()

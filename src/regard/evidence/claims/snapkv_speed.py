@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from regard.evidence.claim import Measured, Settings, claim
+from regard.evidence.claim import Measured, Settings, claim, verdict
 from regard.evidence.timing import milliseconds
 from regard.inference.seam import attach
 from regard.registry import Paper
@@ -36,16 +38,13 @@ def decode_speed(settings: Settings) -> Measured:
     at = rows[1]
     faster, smaller = at["full_ms"] / at["snapkv_ms"], at["full_bytes"] / at["snapkv_bytes"]
     flat = max(snap) <= 1.1 * min(snap)
-    if flat and faster >= 3.2 and smaller >= 8:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if flat and faster >= 1 else "not reproduced"
+    word = verdict(reproduced=flat and faster >= 3.2 and smaller >= 8, partly=flat and faster >= 1)
     why = (
         f"{min(snap):.1f} to {max(snap):.1f} ms per token under snapkv from {lengths[0]} to {lengths[-1]} tokens, full "
         f"{rows[0]['full_ms']:.1f} to {rows[-1]['full_ms']:.1f} ms; at {at['length']}: {faster:.2f} × faster, "
         f"{smaller:.1f} × fewer bytes of K and V"
     )
-    return Measured(faster, verdict, why, {"rows": rows, "batch": BATCH, "budget": BUDGET})
+    return Measured(faster, word, why, {"rows": rows, "batch": BATCH, "budget": BUDGET})
 
 
 def _model(quick: bool) -> LlamaForCausalLM:
@@ -75,7 +74,7 @@ def _at(model: LlamaForCausalLM, length: int) -> dict[str, float]:
                 model(row, past_key_values=store, logits_to_keep=1)
             store.seal()
             found[f"{name}_bytes"] = store.held_bytes
-            found[f"{name}_ms"] = milliseconds(lambda store=store: model(ids[:, :1], past_key_values=store), rounds=20)
+            found[f"{name}_ms"] = milliseconds(partial(model, ids[:, :1], past_key_values=store), rounds=20)
         del store
         torch.cuda.empty_cache()
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regard.evidence.claim import Measured, Settings, claim
+from regard.evidence.claim import Measured, Settings, claim, verdict
 from regard.evidence.language import decoded_nll, dense_nll, passages, perplexity, smollm2
 from regard.inference.seam import attach
 from regard.registry import lookup
@@ -35,12 +35,12 @@ def sinks(settings: Settings) -> Measured:
         "no sinks": _streamed(ids, budget, 0),
     }
     base, with_sinks, without = found["recomputed window"], found["4 sinks"], found["no sinks"]
-    if with_sinks <= 1.1 * base and without >= 3 * base:
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if without >= 2 * with_sinks else "not reproduced"
+    word = verdict(
+        reproduced=with_sinks <= 1.1 * base and without >= 3 * base,
+        partly=without >= 2 * with_sinks,
+    )
     why = "perplexity: " + ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-    return Measured(with_sinks / base, verdict, why, {"perplexity": found, "tokens": length, "budget": budget})
+    return Measured(with_sinks / base, word, why, {"perplexity": found, "tokens": length, "budget": budget})
 
 
 def _streamed(ids: torch.Tensor, budget: int, sinks: int) -> float:
