@@ -103,12 +103,19 @@ def _full_checks(model: PreTrainedModel, eager: PreTrainedModel, generations: Se
         yield Check(name, relative_error(got, want) if torch.equal(got_tokens, want_tokens) else torch.inf)
 
 
-def plans(model: PreTrainedModel, budget: int) -> dict[str, Plan]:
-    """Every cache policy by name at one budget; the head table of `duoattention` fits this model's layers and heads."""
-    with attach(model, "full") as attached, torch.no_grad():
+@lru_cache(maxsize=2)
+@torch.no_grad()
+def _kv_heads(model: PreTrainedModel) -> tuple[int, ...]:
+    """KV heads of each caching layer."""
+    with attach(model, "full") as attached:
         store = attached.new_store()
         run(model, Batch(tokens(1, 4)), cache=store)
-        heads = [len(store.kept(layer)[0]) for layer in range(store.caching_layers)]
+        return tuple(len(store.kept(layer)[0]) for layer in range(store.caching_layers))
+
+
+def plans(model: PreTrainedModel, budget: int) -> dict[str, Plan]:
+    """Every cache policy by name at one budget; the head table of `duoattention` fits this model's layers and heads."""
+    heads = _kv_heads(model)
     table = tuple(tuple(float((layer + head) % 2) for head in range(n)) for layer, n in enumerate(heads))
     made = {name: Plan.parse(f"{name}(budget={budget})") for name in ("h2o", "tova", "keydiff", "knorm", "random")}
     made["streaming"] = Plan.parse(f"streaming(budget={budget},sinks=2)")
