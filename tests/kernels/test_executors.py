@@ -163,6 +163,7 @@ def test_strips_and_cropped_keys_change_nothing(backend: str, case: str, monkeyp
     monkeypatch.setattr(strips, "STRIP_ELEMENTS", 4 * 2 * 33 * 5)
     monkeypatch.setattr(strips, "_KEY_BLOCK", 4)
     monkeypatch.setattr(strips, "_WORTH_CROPPING", 0)
+    monkeypatch.setattr(strips, "_TALLEST", 3)
     for a, b in zip(results(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -178,6 +179,9 @@ def test_strips_see_only_the_keys_they_need(monkeypatch: pytest.MonkeyPatch) -> 
     q, k, v = qkv(batch=1, heads=1, kv_heads=1, n=4096, dtype=torch.float32)
     attend(q[:, :, -64:], k, v, pattern=P.causal() & P.sliding_window(100), score=watch)
     assert len(shown) == 16 and all(n == 4 and m <= 512 for n, m in shown)
+    shown.clear()  # the sinks are far from the window, and what lies between is left out
+    attend(q[:, :, -1:], k, v, pattern=P.causal() & (P.sliding_window(100) | P.attention_sink(4)), score=watch)
+    assert shown == [(1, 512)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

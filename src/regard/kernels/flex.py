@@ -47,7 +47,8 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     wants_lse = request.return_lse or request.sinks is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")  # asked for, on a CPU
-        result = (_run_compiled if q.is_cuda else flex_attention)(
+        attention: Callable[..., Any] = _run_compiled if q.is_cuda else flex_attention
+        result = attention(
             q,
             k,
             v,

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Normalizer = Callable[[Tensor, Tensor], Tensor]
+Keys = slice | Tensor
+"""Some of the keys: a range, or long indices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ class Request:
         missing = ~self.exists[..., None]
         return self.k.masked_fill(missing, 0), self.v.masked_fill(missing, 0)
 
-    def indices(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def indices(self, rows: slice, keys: Keys) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """b (B,1,1,1), h (1,Hq,1,1), i (B or 1,1,n,1), j (B or 1,Hq or 1,1,m): what rules and scores are asked with."""
         device = self.q.device
         b = torch.arange(self.q.shape[0], device=device)[:, None, None, None]
@@ -77,7 +79,7 @@ class Request:
         """(B or 1, Hkv or 1, m) → (B or 1, Hq or 1, m)."""
         return x if x.shape[1] == 1 or self.group == 1 else x.repeat_interleave(self.group, dim=1)
 
-    def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor | None:
+    def visible(self, rows: slice = slice(None), keys: Keys = slice(None)) -> Tensor | None:
         """bool (B or 1, Hq or 1, n, m): may these queries see these keys? None when all of them may."""
         seen = None if self.exists is None else self.per_query_head(self.exists[:, :, keys])[:, :, None, :]
         if self.pattern is not None:

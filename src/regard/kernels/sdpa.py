@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.kernels.request import Request
+from regard.kernels.request import Keys, Request
 from regard.kernels.strips import height_for, over_strips
 
 _WORTH_WIDENING = 128  # queries from which the fused kernels' need for D = Dv is worth a padded copy
@@ -39,12 +39,12 @@ def run(request: Request) -> tuple[Tensor, None]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=request.scale, enable_gqa=grouped)
         return out[..., :width], None
 
-    def strip(rows: slice, keys: slice, masked: bool) -> tuple[Tensor, Tensor]:
+    def strip(rows: slice, keys: Keys, masked: bool) -> tuple[Tensor, Tensor]:
         visible = request.visible(rows, keys) if masked else None
         out = _masked(q[:, :, rows], k[:, :, keys], v[:, :, keys], visible, request.scale)
         return out, out.new_empty((*out.shape[:3], 0))
 
-    return over_strips(request, height_for(request), strip)[0][..., :width], None
+    return over_strips(request, height_for(request, _mask_lanes(request)), strip)[0][..., :width], None
 
 
 def _plainly_causal(request: Request) -> bool:
@@ -52,6 +52,15 @@ def _plainly_causal(request: Request) -> bool:
 
     n, m = request.q.shape[2], request.k.shape[2]
     return request.aligned and n in (1, m) and request.pattern == causal()
+
+
+def _mask_lanes(request: Request) -> int:
+    """Entries of the mask per query and key, as `_masked` lays it out."""
+    pattern, exists = request.pattern, request.exists
+    places = [x for x in (request.kv_positions, exists) if x is not None]
+    rows = max(pattern.rows or 1 if pattern is not None else 1, *(x.shape[0] for x in places))
+    by_head = (pattern is not None and pattern.heads is not None) or any(x.shape[1] > 1 for x in places)
+    return rows * (request.q.shape[1] if by_head else request.group)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.kernels.request import Request
+from regard.kernels.request import Keys, Request
 from regard.kernels.tiles import EMPTY, FULL, tile_kinds
 
 STRIP_ELEMENTS = 1 << 24  # logits (or mask entries) of one strip, over all rows and heads: 64 MiB in float32
 _KEY_BLOCK = 256
+_TALLEST = 512  # queries of a strip, where a pattern may leave most keys out: a taller strip sees more of them
 _WORTH_CROPPING = 2048  # keys below which looking for the visible range costs more than it saves
 
-StripFunction = Callable[[slice, slice, bool], tuple[Tensor, Tensor]]
+StripFunction = Callable[[slice, Keys, bool], tuple[Tensor, Tensor]]
+Plan = tuple[slice, Keys, bool]
 
 
 def over_strips(request: Request, height: int, strip: StripFunction, crop: bool = True) -> tuple[Tensor, Tensor]:
     """Concatenate strip(rows, keys, masked) -> (out, lse) over strips of `height` queries.
 
-    keys is the range outside of which these queries see nothing; masked is False when they see all of it. With several
-    strips and a backward to come, each strip is computed again in the backward instead of keeping its weights.
+    keys is a range, or long indices, outside of which these queries see nothing; masked is False when they see all of
+    it. With several strips and a backward to come, each strip is computed again in the backward instead of keeping its
+    weights.
     """
     n, m = request.q.shape[2], request.k.shape[2]
-    single = height >= n
-    plans: list[tuple[slice, slice, bool]]
-    if request.pattern is None and request.exists is None:
-        plans = [(slice(s, min(s + height, n)), slice(0, m), False) for s in range(0, n, height)]
-    elif crop and m >= _WORTH_CROPPING and not (single and request.q.is_cuda):
-        plans = _cropped(request, height)
+    masked = request.pattern is not None or request.exists is not None
+    on_host = _known_on_host(request)
+    waits = request.q.is_cuda and not on_host  # asking the device what is visible is not worth it for one small strip
+    if masked and crop and m >= _WORTH_CROPPING and not (waits and height >= n):
+        plans = _cropped(_on_host(request) if on_host else request, height)
     else:
-        plans = [(slice(s, min(s + height, n)), slice(0, m), True) for s in range(0, n, height)]
+        plans = [(slice(s, min(s + height, n)), slice(0, m), masked) for s in range(0, n, height)]
     again = len(plans) > 1 and torch.is_grad_enabled()
     parts = [
         checkpoint(strip, *plan, use_reentrant=False, preserve_rng_state=False) if again else strip(*plan)
@@ -43,22 +46,46 @@ def over_strips(request: Request, height: int, strip: StripFunction, crop: bool 
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
-def height_for(request: Request) -> int:
-    """Queries per strip."""
-    batch, heads, n, _ = request.q.shape
-    height = max(1, STRIP_ELEMENTS // max(1, batch * heads * request.k.shape[2]))
+def height_for(request: Request, lanes: int) -> int:
+    """Queries per strip, when each holds `lanes` entries per key."""
+    n = request.q.shape[2]
+    m = request.k.shape[2]
+    height = max(1, STRIP_ELEMENTS // max(1, lanes * m))
+    if m >= _WORTH_CROPPING and request.pattern is not None:
+        height = min(height, _TALLEST)
     return min(n, height if height < 64 else height - height % 64) or 1
 
 
-def _cropped(request: Request, height: int) -> list[tuple[slice, slice, bool]]:
+def _cropped(request: Request, height: int) -> list[Plan]:
     n, m = request.q.shape[2], request.k.shape[2]
     kinds = tile_kinds(request, height, _KEY_BLOCK)
     some = (kinds != EMPTY).any(0).any(0).tolist()
     every = (kinds == FULL).all(0).all(0).tolist()
-    plans = []
+    plans: list[Plan] = []
     for s, (seen, full) in enumerate(zip(some, every, strict=True)):
         columns = [c for c, yes in enumerate(seen) if yes] or [0]
-        first, last = columns[0], columns[-1]
-        keys = slice(first * _KEY_BLOCK, min((last + 1) * _KEY_BLOCK, m))
-        plans.append((slice(s * height, min((s + 1) * height, n)), keys, not all(full[first : last + 1])))
+        keys = _keys(columns, m, request.q.device)
+        blocks = columns if isinstance(keys, Tensor) else range(columns[0], columns[-1] + 1)
+        plans.append((slice(s * height, min((s + 1) * height, n)), keys, not all(full[c] for c in blocks)))
     return plans
+
+
+def _keys(columns: list[int], m: int, device: torch.device) -> Keys:
+    """The keys of these blocks: a range, unless most of it would be blocks nobody sees (sinks and a far window)."""
+    first, last = columns[0], columns[-1]
+    if last + 1 - first <= 2 * len(columns):
+        return slice(first * _KEY_BLOCK, min((last + 1) * _KEY_BLOCK, m))
+    index = torch.tensor(columns)[:, None] * _KEY_BLOCK + torch.arange(_KEY_BLOCK)
+    return index[index < m].to(device)
+
+
+def _known_on_host(request: Request) -> bool:
+    pattern = request.pattern
+    return request.aligned and request.exists is None and not (pattern is not None and pattern.tensors())
+
+
+def _on_host(request: Request) -> Request:
+    """The same request for tile questions: aligned positions are known without asking the device."""
+    n, m = request.q.shape[2], request.k.shape[2]
+    i, j = torch.arange(m - n, m)[None], torch.arange(m)[None, None]
+    return replace(request, q_positions=i, kv_positions=j)

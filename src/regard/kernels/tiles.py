@@ -51,7 +51,7 @@ def tile_kinds(request: Request, q_block: int, k_block: int) -> Tensor:
 
 def _ask(request: Request, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(i0.shape, j0.shape)
-    pattern, device = request.pattern, request.q.device
+    pattern, device = request.pattern, i0.device
     if pattern is None:
         return torch.full(shape, FULL, dtype=torch.uint8, device=device)
     b = torch.arange(request.q.shape[0] if pattern.batched else 1, device=device)[:, None, None, None]

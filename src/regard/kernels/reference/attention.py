@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.reference.softmax import softmax_with_lse
-from regard.kernels.request import Request
+from regard.kernels.request import Keys, Request
 from regard.kernels.strips import height_for, over_strips
 
 
@@ -25,7 +25,7 @@ def run(request: Request) -> tuple[Tensor, Tensor]:
     k, v = (x.to(held) for x in request.clean_kv())
     q = request.q.to(held)
 
-    def strip(rows: slice, keys: slice, masked: bool) -> tuple[Tensor, Tensor]:
+    def strip(rows: slice, keys: Keys, masked: bool) -> tuple[Tensor, Tensor]:
         logits = logits_of(request, q[:, :, rows], k[:, :, keys], rows, keys)
         visible = request.visible(rows, keys) if masked else None
         if request.normalizer is None:
@@ -38,10 +38,12 @@ def run(request: Request) -> tuple[Tensor, Tensor]:
         return grouped_matmul(weights, v[:, :, keys]).to(request.q.dtype), lse
 
     # a normaliser of one's own may count keys, so it is shown all of them
-    return over_strips(request, height_for(request), strip, crop=request.normalizer is None)
+    return over_strips(
+        request, height_for(request, request.q.shape[0] * request.q.shape[1]), strip, crop=request.normalizer is None
+    )
 
 
-def logits_of(request: Request, q: Tensor, k: Tensor, rows: slice, keys: slice) -> Tensor:
+def logits_of(request: Request, q: Tensor, k: Tensor, rows: slice, keys: Keys) -> Tensor:
     """(B, Hq, n, m): score(softcap(scale · q·kᵀ)), not yet masked."""
     logits = grouped_matmul(q, k.mT) * request.scale
     if request.softcap is not None:
