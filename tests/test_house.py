@@ -94,3 +94,28 @@ def test_data_files_travel_with_the_package() -> None:
     data = [str(path) for path in SOURCE.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}]
     ignored = subprocess.run(["git", "check-ignore", *data], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ignored.stdout == ""
+
+
+def test_shapes_in_signatures_hold() -> None:
+    """The jaxtyping annotations of `attend` and of all layers, checked at run time on ordinary input.
+
+    In a process of its own: elsewhere the tests ask that wrong shapes get regard's own errors.
+    """
+    program = """
+import jaxtyping
+jaxtyping.install_import_hook(["regard.attend", "regard.layers"], "beartype.beartype")
+import torch, regard
+from regard.patterns import causal
+q, k, v = (torch.randn(2, heads, 9, 8) for heads in (4, 2, 2))
+out, lse = regard.attend(q, k, v, pattern=causal(), key_padding=torch.ones(2, 9, dtype=torch.bool), return_lse=True)
+assert (out.shape, lse.shape) == ((2, 4, 9, 8), (2, 4, 9))
+for entry in regard.list("layer"):
+    layer = regard.create(entry.key, dim=16, heads=4)
+    assert layer(torch.randn(2, 9, 16)).out.shape == (2, 9, 16)
+try:
+    regard.attend(q, k[:, :, :5], v)
+except jaxtyping.TypeCheckError:
+    print("checked")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "checked\n", done.stderr[-2000:]
