@@ -52,6 +52,8 @@ def test_patterns(backend: str, case: str) -> None:
 @every_backend
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 7), (63, 63), (130, 130), (1, 20), (5, 20), (20, 5)])
 def test_lengths_with_queries_last(backend: str, n: int, m: int) -> None:
+    if backend == "flex" and (n, m) not in ((1, 20), (130, 130)):
+        pytest.skip("uncompiled flex takes half a second to trace; the two that differ most stand for all")
     q, k, v = qkv(batch=1, heads=2, kv_heads=1, n=n, m=m)
     if n > m:
         out, seen = attend(q, k, v, backend=backend), torch.ones(1, dtype=torch.bool)
@@ -65,6 +67,8 @@ def test_lengths_with_queries_last(backend: str, n: int, m: int) -> None:
 @pytest.mark.parametrize("case", ["full", "causal", "window and sinks"])
 def test_padding_equals_unpadded_rows(backend: str, case: str) -> None:
     """Left, right, and both with a hole; what lies in the padding is NaN."""
+    if backend == "flex" and case == "full":
+        pytest.skip("uncompiled flex takes half a second to trace")
     real = torch.ones(3, 21, dtype=torch.bool)
     real[0, :6] = False
     real[1, 15:] = False
@@ -84,6 +88,8 @@ def test_padding_equals_unpadded_rows(backend: str, case: str) -> None:
 @pytest.mark.parametrize("per_head", [False, True])
 def test_a_pruned_cache_is_dense_attention_over_what_was_kept(backend: str, case: str, per_head: bool) -> None:
     """Each lane keeps other tokens, in any order, and ends elsewhere; beyond its end lies NaN."""
+    if backend == "flex" and case != "window and sinks":
+        pytest.skip("uncompiled flex takes half a second to trace")
     pattern, rule = CASES[case]
     q, k, v = qkv(n=3, m=30)
     lanes = 2 if per_head else 1
@@ -119,12 +125,9 @@ def test_softcap_score_sinks_and_lse(backend: str, case: str) -> None:
     def slope(logits: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return logits + slopes[h] * (j - i)
 
-    for ours, theirs in (
-        ({}, {}),
-        ({"softcap": 3.0}, {"softcap": 3.0}),
-        ({"sinks": sinks}, {"sinks": sinks}),
-        ({"softcap": 3.0, "score": slope, "sinks": sinks}, {"softcap": 3.0, "bias": bias, "sinks": sinks}),
-    ):
+    everything = ({"softcap": 3.0, "score": slope, "sinks": sinks}, {"softcap": 3.0, "bias": bias, "sinks": sinks})
+    one_by_one = (({}, {}), ({"softcap": 3.0}, {"softcap": 3.0}), ({"sinks": sinks}, {"sinks": sinks}))
+    for ours, theirs in (everything, *one_by_one) if backend == "reference" else (everything,):
         out, lse = attend(q, k, v, **given, **ours)
         expected = naive(q, k, v, seen, scale=0.7, **theirs)
         torch.testing.assert_close(out, expected[0], rtol=0, atol=1e-12)
@@ -134,6 +137,8 @@ def test_softcap_score_sinks_and_lse(backend: str, case: str) -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_that_sees_nothing_gets_zeros(backend: str, dtype: torch.dtype) -> None:
+    if backend == "flex" and dtype == torch.float32:
+        pytest.skip("uncompiled flex takes half a second to trace")
     q, k, v = qkv(n=6, dtype=dtype)
     pattern = P.causal() & ~P.sliding_window(3)  # the first three see nothing
     out = attend(q, k, v, pattern=pattern, backend=backend)

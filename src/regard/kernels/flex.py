@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from regard.kernels.merge import apply_sinks
 from regard.kernels.request import Request
 from regard.kernels.tiles import FULL, PARTIAL, tile_kinds
 
+_ATTENTION = cast(Callable[..., Any], flex_attention)  # its overloads know no result with log-sum-exp
 BLOCK = 128
 _KERNELS = 1024  # compiled kernels before torch refuses
 _REMEMBERED = 8  # block maps: four int32 lists of (heads that differ) × (N/128) × (M/128) entries each
@@ -47,8 +48,7 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     wants_lse = request.return_lse or request.sinks is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")  # asked for, on a CPU
-        attention: Callable[..., Any] = _run_compiled if q.is_cuda else flex_attention
-        result = attention(
+        result = (_run_compiled if q.is_cuda else _ATTENTION)(
             q,
             k,
             v,
@@ -69,8 +69,7 @@ def _compiled() -> Callable[..., Any]:
     # Shapes and a pattern's numbers are fixed in the first kernel; the second that differs in them makes them free in
     # all later ones (about a tenth slower, and no further wait). fullgraph: where compilation is given up, torch would
     # else fall back to the unfused form without a word, which holds the whole map.
-    kernel: Callable[..., Any] = flex_attention
-    return torch.compile(kernel, fullgraph=True)
+    return torch.compile(_ATTENTION, fullgraph=True)
 
 
 def _run_compiled(*tensors: Tensor, **given: Any) -> Any:
