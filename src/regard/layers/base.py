@@ -15,7 +15,8 @@ from regard.patterns import Pattern
 from regard.registry import entries
 
 Tokens = Float[Tensor, "b n c"]
-Padding = Bool[Tensor, "b n"]
+Context = Float[Tensor, "b m c"]
+Padding = Bool[Tensor, "b k"]
 
 
 class Output(NamedTuple):
@@ -64,7 +65,7 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tokens,
-        context: Tokens | None = None,
+        context: Context | None = None,
         *,
         pattern: Pattern | None = None,
         key_padding: Padding | None = None,

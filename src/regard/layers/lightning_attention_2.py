@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from regard.errors import UnknownNameError, require
-from regard.layers.base import Layer, Output, Padding, Tokens, without_padding
+from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_padding
 from regard.patterns import Pattern, causal
 from regard.recurrence import DiagonalState, LightningAttention2, LightningInputs, tnl_log_decay
 from regard.recurrence.lightning_attention_2 import PAPER
@@ -74,7 +74,7 @@ class LightningAttention2Layer(Layer):
     def forward(
         self,
         x: Tokens,
-        context: Tokens | None = None,
+        context: Context | None = None,
         *,
         pattern: Pattern | None = None,
         key_padding: Padding | None = None,

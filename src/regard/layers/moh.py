@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.attend import attend
 from regard.errors import require
-from regard.layers.base import Example, Output, Padding, Tokens, without_padding
+from regard.layers.base import Context, Example, Output, Padding, Tokens, without_padding
 from regard.layers.head_gathering import attend_gathered
 from regard.layers.multi_head_attention import KVState, MultiHeadAttention
 from regard.patterns import Pattern
@@ -92,7 +92,7 @@ class MixtureOfHeads(MultiHeadAttention):
     def forward(
         self,
         x: Tokens,
-        context: Tokens | None = None,
+        context: Context | None = None,
         *,
         pattern: Pattern | None = None,
         key_padding: Padding | None = None,

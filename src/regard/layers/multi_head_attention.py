@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regard.attend import attend
 from regard.errors import require
-from regard.layers.base import Layer, Output, Padding, Tokens, without_padding
+from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_padding
 from regard.layers.rotary import rotate
 from regard.patterns import Pattern
 from regard.registry import Paper, mechanism
@@ -95,7 +95,7 @@ class MultiHeadAttention(Layer):
     def forward(
         self,
         x: Tokens,
-        context: Tokens | None = None,
+        context: Context | None = None,
         *,
         pattern: Pattern | None = None,
         key_padding: Padding | None = None,

@@ -12,7 +12,7 @@ from math import comb
 from regard.errors import require
 
 INTENSITY = 562.5
-"""FLOP per byte of the paper's device, 4.5e15/8e12: a peak with structured sparsity. An H100 in dense bf16: about 295."""
+"""FLOP per byte of the paper's device, 4.5e15/8e12: a peak with structured sparsity. H100, dense bf16: about 295."""
 
 
 @dataclass(frozen=True)
