@@ -67,7 +67,8 @@ def accepts_positions(model: PreTrainedModel) -> bool:
 def run(
     model: PreTrainedModel, batch: Batch, pieces: tuple[int, ...] = (), cache: object = None
 ) -> tuple[Tensor, object]:
-    """Logits (B, N, V) of the batch and the cache it left, fed in pieces of these lengths (all at once without any).
+    """Logits (B, N, V), on the CPU, of the batch and the cache it left, fed in pieces of these lengths (all at once
+    without any), on the model's device.
 
     A given cache already holds every column before the pieces, which then are the end of the batch.
     """
@@ -78,12 +79,12 @@ def run(
         end = start + size
         given: dict[str, object] = {"past_key_values": cache, "use_cache": True}
         if batch.real is not None:
-            given["attention_mask"] = batch.real[:, :end].long()
+            given["attention_mask"] = batch.real[:, :end].long().to(model.device)
         if batch.positions is not None and accepts_positions(model):
-            given["position_ids"] = batch.positions[:, start:end]
-        result = model(input_ids=batch.ids[:, start:end], **given)
+            given["position_ids"] = batch.positions[:, start:end].to(model.device)
+        result = model(input_ids=batch.ids[:, start:end].to(model.device), **given)
         cache = getattr(result, "past_key_values", None)  # recurrent models without attention have other names
-        out.append(result.logits)
+        out.append(result.logits.cpu())
         start = end
     return torch.cat(out, 1), cache
 
@@ -92,12 +93,12 @@ def generate(model: PreTrainedModel, batch: Batch, new: int, **how: object) -> t
     """Tokens (rows, N + new) and raw logits (rows, new, V) of `generate`, seeded."""
     torch.manual_seed(7)
     result = model.generate(
-        batch.ids,
-        attention_mask=batch.is_real.long(),
+        batch.ids.to(model.device),
+        attention_mask=batch.is_real.long().to(model.device),
         max_new_tokens=new,
         pad_token_id=PAD,
         return_dict_in_generate=True,
         output_logits=True,
         **{"do_sample": False, **how},
     )
-    return result.sequences, torch.stack(result.logits, 1)
+    return result.sequences.cpu(), torch.stack(result.logits, 1).cpu()

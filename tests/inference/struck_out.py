@@ -38,7 +38,7 @@ def _struck_out(
     _calls[-1] += 1
     if allowed is not None:
         assert attention_mask is not None, "eager attention came without a mask"
-        each = allowed.repeat_interleave(query.shape[1] // allowed.shape[1], 1)
+        each = allowed.to(query.device).repeat_interleave(query.shape[1] // allowed.shape[1], 1)
         attention_mask = attention_mask.masked_fill(~each, torch.finfo(query.dtype).min)
     return _own_eager(module)(module, query, key, value, attention_mask, **kwargs)
 
