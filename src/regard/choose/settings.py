@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +133,20 @@ def check_lengths(context: Sequence[int], room: int, longest: int | None) -> Non
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ArgumentError when `folder` cannot be made or written to. Nothing is left behind."""
-    at = folder
-    while not at.exists() and at != at.parent:
-        at = at.parent
-    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
-        why = "is no folder" if not at.is_dir() else "cannot be written to"
-        raise ArgumentError("out", str(folder), f"a folder that can be written: {at} {why}")
+    """Raise ArgumentError when `folder` cannot be made or written to. Found out by trying; nothing is left behind."""
+    made: list[Path] = []
+    try:
+        for each in reversed([folder, *folder.parents]):
+            if not each.exists():
+                each.mkdir()
+                made.append(each)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArgumentError("out", str(folder), f"a folder that can be written ({error.strerror})") from error
+    finally:
+        for each in reversed(made):
+            each.rmdir()
 
 
 def _lacks_budget(plan: Plan) -> bool:

@@ -24,7 +24,7 @@ class MultiNeedle(Task):
     """
 
     keys: int = 2
-    digits: int = 6
+    digits: int = 4
     key = "multi-needle"
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ class Perplexity(Task):
     tokens: how many are scored. tail: the last tokens of the prompt, which stand where other tasks have their question.
     """
 
-    tokens: int = 24
+    tokens: int = 16
     tail: int = 16
     key = "perplexity"
     measure = "likelihood"

@@ -35,7 +35,7 @@ class Recall(Task):
     """
 
     pairs: int = 8
-    digits: int = 5
+    digits: int = 4
     key = "recall"
 
     def __post_init__(self) -> None:
