@@ -130,7 +130,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[list[Record], int]:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     lines = _lines(path, whole)
-    head = next(lines, {})
+    head: Any = next(lines, None)
     if not isinstance(head, dict) or head.get("regard_compare") != FORMAT or not isinstance(head.get("settings"), dict):
         raise ArgumentError("resume", str(path), f"a journal that regard compare wrote (format {FORMAT})")
     before, now = head["settings"], json.loads(json.dumps(dict(settings)))

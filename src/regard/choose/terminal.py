@@ -42,7 +42,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def _accuracy(rows: list[PlanSummary]) -> Table:
-    table = _empty()
+    table = _empty(rows)
     tasks = list(dict.fromkeys(score.task for row in rows for score in row.tasks))
     for task in tasks:
         table.add_column(Text(task), justify="right")
@@ -55,8 +55,8 @@ def _accuracy(rows: list[PlanSummary]) -> Table:
 
 
 def _costs(rows: list[PlanSummary]) -> Table:
-    table = _empty()
-    for name in ("KV held after prompt", "KV read a token", "first token", "tokens/s", "peak memory"):
+    table = _empty(rows)
+    for name in ("KV held after prompt", "KV read/token", "first token", "tokens/s", "peak memory"):
         table.add_column(name, justify="right")
     for row in rows:
         memory = "" if row.memory is None else f" ({row.memory:.0%})"
@@ -71,9 +71,10 @@ def _costs(rows: list[PlanSummary]) -> Table:
     return table
 
 
-def _empty() -> Table:
+def _empty(rows: list[PlanSummary]) -> Table:
+    longest = max(len(row.plan) for row in rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("plan", style="bold", overflow="fold", max_width=34)
+    table.add_column("plan", style="bold", overflow="fold", min_width=min(20, longest), max_width=34)
     return table
 
 

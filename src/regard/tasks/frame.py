@@ -31,5 +31,6 @@ def chat_frame(tokenizer: Any) -> Frame:
 def plain_frame(tokenizer: Any) -> Frame:
     """The token that begins a text, where the tokenizer adds one by itself; no chat."""
     first = getattr(tokenizer, "bos_token_id", None)
-    adds = first is not None and list(tokenizer("a")["input_ids"])[:1] == [first]
-    return Frame((first,) if adds else (), ())
+    if first is None or list(tokenizer("a")["input_ids"])[:1] != [first]:
+        return Frame((), ())
+    return Frame((int(first),), ())
