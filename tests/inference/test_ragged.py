@@ -64,8 +64,15 @@ def keep(store: RaggedKV, model: Model, rng: random.Random, alike: bool) -> None
     store.keep(index, torch.tensor(counts).view(store.batch, store.heads).long())
 
 
+def storage_order(store: RaggedKV) -> torch.Tensor:
+    """(B, H, L): the storage slot of each slot of padded(sort=True), −1 where that is absent."""
+    positions = store.padded(sort=False)[2]
+    order = positions.masked_fill(positions < 0, 2**40).argsort(-1)
+    return order.masked_fill(positions.gather(2, order) < 0, -1)
+
+
 def drop(store: RaggedKV, model: Model, rng: random.Random, everyone: bool) -> None:
-    order = store.storage_index()
+    order = storage_order(store)
     slot = torch.full((store.batch, store.heads), -1)
     for b, row in enumerate(model.lanes):
         for h, lane in enumerate(row):
@@ -130,7 +137,7 @@ def check(store: RaggedKV, model: Model) -> None:
             assert sorted(entries(group.k[i, :n], group.v[i, :n], group.positions[i, :n])) == model.lanes[b][h]
     assert seen == {(b, h) for b in range(batch) for h in range(heads)}
 
-    order, unsorted = store.storage_index(), store.padded(sort=False)[2]
+    order, unsorted = storage_order(store), store.padded(sort=False)[2]
     there = order >= 0
     assert torch.equal(there, store.padded()[2] >= 0)
     assert torch.equal(unsorted.gather(2, order.clamp(min=0))[there], store.padded()[2][there])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from regard.errors import StoreError
@@ -92,15 +93,10 @@ class KVLayer(CacheLayerMixin):
 
     def _stand_in(self, k: Tensor, v: Tensor) -> Given:
         assert self.storage is not None
-        batch, heads, _, dim = k.shape
-        length = int(self.storage.lengths.max())
-        nan = self.store.nan(k)
-        return Given(
-            nan.expand(batch, heads, length, dim),
-            nan.expand(batch, heads, length, v.shape[-1]),
-            fresh=False,
-            stand_in=True,
-        )
+        shape = (*k.shape[:2], self.storage.longest)
+        keys = self.store.stand_in((*shape, k.shape[3]), k)
+        values = keys if v.shape[3] == k.shape[3] else self.store.stand_in((*shape, v.shape[3]), v)
+        return Given(keys, values, fresh=False, stand_in=True)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -168,8 +164,14 @@ class KVLayer(CacheLayerMixin):
     def decode(self, q: Tensor, logits: Logits) -> Tensor:
         """One new token per row against the storage itself: (B, Hq, 1, Dv). No gathering, no copy."""
         assert self.storage is not None
-        visible = None if logits.recipe.causal else self._visible_in_group
         self.logits = logits
+        causal = logits.recipe.causal
+        held = self.storage.side_by_side() if causal and logits.softcap is None and logits.sinks is None else None
+        if held is not None:  # the common case: every head sees all it holds
+            batch, kv_heads = held[0].shape[:2]
+            stacked = q.reshape(batch, kv_heads, -1, q.shape[-1])
+            return scaled_dot_product_attention(stacked, *held, scale=logits.scale).view(*q.shape[:3], -1)
+        visible = None if causal else self._visible_in_group
         return ragged_attend(
             q,
             self.storage.groups(),

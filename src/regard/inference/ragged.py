@@ -150,17 +150,23 @@ class RaggedKV:
             for g in self._groups
         ]
 
-    def uniform_view(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """k (B, H, L, Dk), v (B, H, L, Dv), positions (B, H, L) int32, in storage order and without a copy.
+    @property
+    def longest(self) -> int:
+        """Entries of the longest lane."""
+        return max(g.longest for g in self._groups)
 
-        None unless all lanes have one length and form one group.
-        """
+    def side_by_side(self) -> tuple[Tensor, Tensor] | None:
+        """k (B, H, L, Dk), v (B, H, L, Dv) in storage order, without a copy; None unless all lanes have one length."""
         group = self._groups[0]
-        length = group.uniform
-        if length is None or not group.complete:
+        if not group.complete or group.uniform is None:
             return None
-        held = group.by_row
-        return held.k.narrow(2, 0, length), held.v.narrow(2, 0, length), held.positions.narrow(2, 0, length)
+        held, length = group.by_row, group.longest
+        return held.k.narrow(2, 0, length), held.v.narrow(2, 0, length)
+
+    def uniform_view(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same with positions (B, H, L) int32."""
+        pair = self.side_by_side()
+        return None if pair is None else (*pair, self._groups[0].by_row.positions.narrow(2, 0, self.longest))
 
     def padded(self, sort: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Lanes side by side: k (B, H, L, Dk), v (B, H, L, Dv), positions (B, H, L) long, L = the longest lane.
@@ -176,16 +182,8 @@ class RaggedKV:
             v = v.gather(2, order[..., None].expand(v.shape))
         return k, v, positions
 
-    def storage_index(self) -> Tensor:
-        """(B, H, L) long: the storage slot of each slot of `padded(sort=True)`, −1 where that is absent."""
-        positions = self._positions()
-        order = torch.arange(positions.shape[2], device=self.device).expand_as(positions)
-        order = order if self._sorted else position_order(positions)
-        return order.masked_fill(positions.gather(2, order) < 0, -1)
-
     def _side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:
-        view = self.uniform_view()
-        if view is not None:
+        if (view := self.uniform_view()) is not None:
             return view[0], view[1], view[2].long()
         k = self._spread([g.content.k for g in self._groups], 0)
         v = self._spread([g.content.v for g in self._groups], 0)
@@ -196,7 +194,7 @@ class RaggedKV:
 
     def _spread(self, parts: list[Tensor], absent: int) -> Tensor:
         """(B, H, L, …) from one (G, C, …) per group; `absent` where a lane has ended."""
-        shape = (self.batch, self.heads, max(g.longest for g in self._groups), *parts[0].shape[2:])
+        shape = (self.batch, self.heads, self.longest, *parts[0].shape[2:])
         out = torch.full(shape, absent, dtype=parts[0].dtype, device=self.device)
         for group, part in zip(self._groups, parts, strict=True):
             missing = group.absent().view(len(group.lanes), group.longest, *(1,) * (part.ndim - 2))

@@ -9,6 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from regard.attend import attend
 from regard.inference.call import AttentionCall, CallPattern
 
+STRIP = 1 << 24
+"""Entries of a mask drawn at a time."""
+
 
 def run_call(call: AttentionCall) -> Tensor:
     """(B, Hq, N, Dv) in q's dtype.
@@ -31,8 +34,7 @@ def run_call(call: AttentionCall) -> Tensor:
         k_columns = k_columns.expand(batch, -1)
     if padding is not None and padding.ndim == 3:  # ragged lanes, each filled from the front
         lengths, padding = padding.sum(-1), None
-    padded_queries = call.fresh and call.q_real is not None and call.sinks is None
-    result = attend(
+    out = attend(
         call.q,
         call.k,
         call.v,
@@ -44,12 +46,18 @@ def run_call(call: AttentionCall) -> Tensor:
         q_positions=q_columns,
         kv_positions=k_columns.clamp_min(0),
         kv_lengths=lengths,
-        return_lse=padded_queries,
         backend="sdpa" if call.softcap is None and call.sinks is None else "reference",
     )
-    if not padded_queries:
-        return result
-    out, lse = result
-    blind = (lse == -torch.inf)[..., None]
-    mean = call.v.float().mean(2, keepdim=True).to(out.dtype)
-    return torch.where(blind, mean.repeat_interleave(out.shape[1] // call.v.shape[1], 1), out)
+    if not call.fresh or call.q_real is None or call.sinks is not None:
+        return out
+    mean = call.v.float().mean(2, keepdim=True).to(out.dtype).repeat_interleave(out.shape[1] // call.v.shape[1], 1)
+    return torch.where(_blind(call)[..., None], mean, out)
+
+
+def _blind(call: AttentionCall) -> Tensor:
+    """(B, Hq or 1, N) bool: queries that see nothing. Asked strip by strip, and only where there is padding."""
+    n, m = call.q.shape[2], call.k.shape[2]
+    strip = max(1, STRIP // m)
+    return torch.cat([~call.visible(slice(i, i + strip)).any(-1) for i in range(0, n, strip)], 2).expand(
+        call.q.shape[0], -1, n
+    )

@@ -165,12 +165,12 @@ class KVStore(Cache):
         """What must be observed of the prompt in a layer: for the plan, and for plans that may fork from here."""
         return self.attached.needs(layer)
 
-    def nan(self, like: Tensor) -> Tensor:
-        """One NaN, which stand-ins for keys and values are made of without memory."""
+    def stand_in(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A tensor of that shape, all NaN and without memory: a new one each time, so that it can be told by identity."""
         key = (like.dtype, like.device)
         if key not in self._nan:
-            self._nan[key] = torch.full((1, 1, 1, 1), torch.nan, dtype=like.dtype, device=like.device)
-        return self._nan[key]
+            self._nan[key] = torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=like.device)
+        return self._nan[key].expand(shape)
 
     # ---- columns and positions
 
