@@ -79,7 +79,7 @@ def _outcome(run: Callable[[], list[proof.Check]]) -> Row:
     try:
         checks = run()
     except Exception as error:
-        reason = str(error).partition(": ")[2] if isinstance(error, AttachError) else repr(error)
+        reason = str(error) if isinstance(error, AttachError) else repr(error)
         return {"ok": False, "error": None, "refused": isinstance(error, AttachError), "remarks": [reason]}
     remarks = [f"{check.name}: {check.remark}" for check in checks if check.remark]
     remarks += [f"{check.name} fails: {check.error:.1e}" for check in checks if not check.ok]
@@ -97,7 +97,7 @@ def _refused(name: str) -> Row:
     try:
         attach(model, "full").detach()
     except AttachError as error:
-        return {**row, "reason": str(error).partition(": ")[2]}
+        return {**row, "reason": str(error)}
     return {**row, "reason": "", "outcome": _outcome(lambda: proof.full_plan(model, []))}
 
 
