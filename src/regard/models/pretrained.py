@@ -147,16 +147,6 @@ def _unpack(gguf: Path, target: Path) -> None:
     """Expand a GGUF file to a folder that `from_pretrained` reads, whole or not at all."""
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise UnsupportedError("reading a GGUF file needs an extra that is not installed: pip install 'regard[demo]'")
-    at = {"gguf_file": gguf.name, "local_files_only": True}
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **at)
-        expanded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **at)
-    config = copy.deepcopy(expanded.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain now, but transformers refuses to save what was quantised
-    model = type(expanded)(config)
-    model.load_state_dict(expanded.state_dict())
-    model.tie_weights()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
@@ -165,6 +155,16 @@ def _unpack(gguf: Path, target: Path) -> None:
             f"{target.parent}: cannot be written ({error.strerror}); set REGARD_CACHE to a folder that can"
         ) from error
     try:
+        at = {"gguf_file": gguf.name, "local_files_only": True}
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **at)
+            expanded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **at)
+        config = copy.deepcopy(expanded.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # plain weights now; transformers would refuse to save them
+        model = type(expanded)(config)
+        model.load_state_dict(expanded.state_dict())
+        model.tie_weights()
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         with contextlib.suppress(OSError):  # another process may have finished first; its copy is as good
