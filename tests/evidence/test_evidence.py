@@ -13,7 +13,7 @@ from tests.toy_language import TEXT, toy_model, toy_tokenizer
 
 from regard import evidence
 from regard.errors import ArgumentError, RegardError, UnknownNameError, UnsupportedError
-from regard.evidence import Measured, Record, Settings, language
+from regard.evidence import Measured, Record, Settings, batch, language
 from regard.evidence.claim import Claim, find
 from regard.evidence.claims import duoattention, snapkv
 from regard.evidence.record import RESULTS, measure
@@ -131,3 +131,15 @@ def test_committed_record_is_of_a_claim(record: Record) -> None:
 
 def test_page_in_docs_is_up_to_date() -> None:
     assert (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8") == evidence.table(RESULTS), "run: make docs"
+
+
+def test_batch_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: None) -> None:
+    def broken(id: str, out: str) -> Record:
+        if id == "snapkv/needle":
+            raise UnsupportedError("broken")
+        return measure(find(id), Settings(quick=True))
+
+    monkeypatch.setattr(batch, "run", broken)
+    assert batch.main("smollm2", str(tmp_path), ["snapkv/needle", "snapkv/hit-rate"]) == 1
+    with pytest.raises(UnknownNameError, match="need"):
+        batch.main("gpu", str(tmp_path), [])

@@ -7,9 +7,9 @@
 Results of ours lie in `results/` beside this file and travel with the package.
 """
 
-from regard.evidence.claim import Claim, Measured, Settings, claim
+from regard.evidence.claim import Claim, Measured, Settings
 from regard.evidence.claim import all_claims as entries
 from regard.evidence.record import Record, read, run
 from regard.evidence.report import table
 
-__all__ = ["Claim", "Measured", "Record", "Settings", "claim", "entries", "read", "run", "table"]
+__all__ = ["Claim", "Measured", "Record", "Settings", "entries", "read", "run", "table"]

@@ -39,8 +39,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     minutes=12,
 )
 def digits(settings: Settings) -> Measured:
-    data = _digits()
-    seeds, steps = settings.pick(([0, 1, 2], 400), ([0], 2))
+    seeds, steps, images = settings.pick(([0, 1, 2], 400, None), ([0], 2, 64))
+    data = _digits(images)
     accuracy: dict[str, list[float]] = {name: [] for name in MODELS}
     for seed, name in product(seeds, MODELS):
         accuracy[name].append(_train(*MODELS[name], data, steps, settings.seed * 100 + seed))
@@ -83,8 +83,8 @@ class _Encoder(nn.Module):
         return self.head(x.mean(1)), total
 
 
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Patches (n, 16, 4) in [0, 1] and labels: 1297 to train on, 500 to test; always the same split."""
+def _digits(most: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Patches (n, 16, 4) in [0, 1] and labels: 1297 to train on, 500 to test, or `most`; always the same split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -94,7 +94,8 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     patches = pixels.transpose(2, 3).reshape(-1, 16, 4)
     order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
     patches, targets = patches[order], torch.tensor(labels)[order]
-    return patches[500:], targets[500:], patches[:500], targets[:500]
+    test, train = slice(0, most or 500), slice(500, most and 500 + most)
+    return patches[train], targets[train], patches[test], targets[test]
 
 
 def _train(

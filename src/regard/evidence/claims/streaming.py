@@ -26,7 +26,7 @@ _STRIDE = 32
     minutes=3,
 )
 def sinks(settings: Settings) -> Measured:
-    length, budget = settings.pick((1537, 256), (161, 64))
+    length, budget = settings.pick((1537, 256), (113, 48))
     ids = passages(1, length)[0]
     found = {
         "full cache": perplexity(dense_nll(ids)[budget:]),
