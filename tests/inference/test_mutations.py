@@ -104,3 +104,15 @@ def test_a_wrong_record_of_what_was_kept_is_red(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(KVStore, "kept", off_by_one)
     assert "decode = dense under kept ∪ new" in _failed(proof.compressed(model, plan))
+
+
+def test_a_mutation_of_the_short_cut_for_equal_lanes_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpadded rows that dropped nothing decode by another path than ragged ones."""
+    model = zoo.build("llama")
+    original = cache.scaled_dot_product_attention
+
+    def mutated(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        return original(q, k.roll(1, 2), v, **given)
+
+    monkeypatch.setattr(cache, "scaled_dot_product_attention", mutated)
+    assert "chunked prefill, unpadded" in _failed(proof.full_plan(model, []))
