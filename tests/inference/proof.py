@@ -23,7 +23,7 @@ from regard.inference.seam import Attached, attach
 ALLOWED = 1e-5
 NEW = 6
 PIECES = (7, 8, 5)
-"""Chunks of a prefill that end inside windows, chunks and rows' padding."""
+"""Pieces of a prefill that end inside windows, chunks and rows' padding; three single tokens follow."""
 GENERATIONS: dict[str, dict[str, object]] = {
     "greedy": {},
     "sampling": {"do_sample": True},
@@ -77,10 +77,11 @@ def full_plan(model: PreTrainedModel, generations: Sequence[str] = tuple(GENERAT
 def _full_checks(model: PreTrainedModel, eager: PreTrainedModel, generations: Sequence[str]) -> Iterator[Check]:
     for name, batch in forwards().items():
         yield Check(name, relative_error(run(model, batch)[0], run(eager, batch)[0], batch.is_real))
-    steps = tokens(len(LENGTHS), 3, seed=2)
-    for name, batch in {"chunked prefill": mixed("left"), "chunked prefill, unpadded": Batch(tokens(2, 20))}.items():
-        whole = batch.then(steps[: len(batch.ids)]) if batch.real is not None else batch
-        pieces = PIECES + (1,) * (whole.ids.shape[1] - sum(PIECES))
+    batch = mixed("left")
+    longer = batch.then(tokens(len(LENGTHS), 3, seed=2))
+    pieces = (*PIECES, 1, 1, 1)
+    unpadded = Batch(tokens(2, sum(pieces)))
+    for name, whole in {"chunked prefill": longer, "chunked prefill, unpadded": unpadded}.items():
         try:
             want, _ = run(eager, whole, pieces)
         except Exception as refusal:  # the model's own refusal, recorded as such
@@ -88,8 +89,6 @@ def _full_checks(model: PreTrainedModel, eager: PreTrainedModel, generations: Se
             continue
         got, _ = run(model, whole, pieces)
         yield Check(name, relative_error(got, want, whole.is_real))
-    batch = mixed("left")
-    longer = batch.then(steps)
     want, _ = run(eager, longer, (1, 1, 1), run(eager, batch)[1])
     got, _ = run(model, longer, (1, 1, 1), run(model, batch)[1])
     yield Check("decode", relative_error(got, want))
