@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from regard.choose import figures
 from regard.choose.results import Results, write_whole
-from regard.choose.runner import TIMED
 from regard.choose.settings import BASELINE
 from regard.choose.summary import PlanSummary
 from regard.choose.terminal import (
@@ -151,8 +150,7 @@ def _notes(results: Results) -> list[str]:
         "perplexity divided by the plan's.",
         "Plans that prefill densely share one prefill of a prompt. Its last logits give the first token; every later "
         "token is read from the compressed cache.",
-        f"The time to the first token is the median over the first {'prompt' if TIMED == 1 else f'{TIMED} prompts'} of "
-        "each task, which are prefilled anew for plans that observe the prompt differently; compression is included. "
-        "Decoding is the median step, one row.",
+        "The time to the first token is a median over prompts whose prefill observed just what the plan needs; "
+        "compression is included. Decoding is the median step, one row.",
         f"Peak memory: {results.peak}.",
     ]

@@ -5,9 +5,9 @@ and observes what all of them need; each plan then takes a fork of that store, s
 whose prefill is sparse prefills by itself. The first token of an answer comes out of the prompt's own forward, as in
 real use; all others are read from the compressed store.
 
-Watching the prompt costs time (H2O wants every query's weights), and a shared prefill watches for all. So the first
-prompt of each task is prefilled anew for each group of plans that watch alike, and only there is the time to the first
-token noted.
+Watching the prompt can cost time (H2O wants every query's weights), and a shared prefill watches for all. So the time
+to the first token is noted only for plans that need all that was watched, and the first prompt of each task is
+prefilled anew for each group of plans that watch alike, so that every plan has some.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WARM_UP = 1
 
 
 TIMED = 1
-"""Prompts of each task on which the time to the first token is measured."""
+"""Prompts of each task on which plans that watch the prompt differently are prefilled apart."""
 
 
 class Runner(Protocol):
@@ -64,8 +64,11 @@ class ModelRunner:
             alone = len(group) == 1 and not isinstance(group[0].prefill, FullPrefill)
             with attach(self.model, group[0] if alone else "full", observe=[] if alone else group) as attached:
                 prompt = self._prefill(attached.new_store(), sample, mode)
-                for plan in group:
-                    yield self._one(prompt, plan, sample, mode, timed=timed or alone)
+                costs = {plan: costly(plan, self.model.config) for plan in group}
+                for (
+                    plan
+                ) in group:  # a prefill that watched more than the plan needs tells nothing of the plan's own time
+                    yield self._one(prompt, plan, sample, mode, timed=costs[plan] == any(costs.values()))
 
     def _prefill(self, store: KVStore, sample: Sample, mode: Mode) -> _Prompt:
         """The part of the prompt that comes before sealing, through the model; nothing is dropped yet."""
@@ -169,17 +172,18 @@ class _Prompt:
 
 def share(plans: Sequence[Plan], config: Any, *, timed: bool) -> list[list[Plan]]:
     """Plans in groups that share one prefill: all that prefill densely, or when `timed` those among them that watch
-    alike.
-
-    Only what costs time tells groups apart: sums over all queries. Keeping a few last queries is free.
+    alike (see `costly`).
     """
-    layers = range(config.get_text_config().num_hidden_layers)
     groups: dict[object, list[Plan]] = {}
     for plan in plans:
         dense = isinstance(plan.prefill, FullPrefill)
-        costly = timed and any(plan.cache.needs_at(layer).column_sums for layer in layers)
-        groups.setdefault(("dense", costly) if dense else plan, []).append(plan)
+        groups.setdefault(("dense", timed and costly(plan, config)) if dense else plan, []).append(plan)
     return list(groups.values())
+
+
+def costly(plan: Plan, config: Any) -> bool:
+    """Does watching the prompt for this plan take time? Sums over all queries do; a few last queries are free."""
+    return any(plan.cache.needs_at(layer).column_sums for layer in range(config.get_text_config().num_hidden_layers))
 
 
 def peak_kind(device: torch.device) -> str:
