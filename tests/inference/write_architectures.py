@@ -34,7 +34,8 @@ with and without given positions, chunked prefill, decoding — and the tokens a
 sampled, with beams, with several sequences returned. The figure is the largest difference, relative to the largest
 logit, in float32; at most {allowed} passes.
 
-{full} architectures pass it, {every} of them under every plan as below; {refused} are refused, with the reason.
+{full} architectures pass it, {every} of them under every plan as below (a plan that tells heads apart is refused where
+one latent serves all heads); {refused} are refused, with the reason.
 
 ## Every plan
 
