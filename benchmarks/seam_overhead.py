@@ -1,7 +1,8 @@
 """What the seam costs per attention call, kernels taken out: decoding one token, by cache policy.
 
 Each layer's `update` and attention function are called as the model calls them, with a kernel that returns at once. The
-figure is processor time per call, the least of several rounds; transformers' own cache and sdpa function stand beside it,
+figure is processor time per call, the least of several rounds; transformers' own cache and sdpa function stand beside
+it,
 their kernel taken out as well. Floor: 0. Allowed: 50 µs.
 """
 
@@ -21,7 +22,14 @@ from regard.inference.call import MaskRecipe
 from regard.inference.interface import attention
 from regard.inference.seam import attach
 
-PLANS = ("full", "snapkv(budget=256)", "keydiff(budget=256)", "streaming(budget=256)", "tova(budget=256)", "h2o(budget=256)")
+PLANS = (
+    "full",
+    "snapkv(budget=256)",
+    "keydiff(budget=256)",
+    "streaming(budget=256)",
+    "tova(budget=256)",
+    "h2o(budget=256)",
+)
 LAYERS, STEPS, ROUNDS, PROMPT = 8, 40, 7, 512
 
 
@@ -105,7 +113,12 @@ def main() -> None:
     figures = {plan: round(seam(plan), 1) for plan in PLANS} | {"transformers DynamicCache.update": round(plain(), 1)}
     for name, value in figures.items():
         print(f"{name:36s} {value:7.1f} µs per call")
-    result = {"unit": "µs of processor time per attention call, no kernel", "figures": figures, "machine": machine(), "versions": versions()}
+    result = {
+        "unit": "µs of processor time per attention call, no kernel",
+        "figures": figures,
+        "machine": machine(),
+        "versions": versions(),
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 

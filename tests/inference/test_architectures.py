@@ -76,15 +76,7 @@ def test_what_is_never_reached_is_refused(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="not noticed yet"))
-        if name in zoo.UNNOTICED
-        else name
-        for name in zoo.known(tuple(zoo.REFUSED))
-    ],
-)
+@pytest.mark.parametrize("name", zoo.known(tuple(zoo.REFUSED)))
 def test_what_needs_more_is_refused_by_name(name: str) -> None:
     model = zoo.build(name)
     before, _ = run(model, Batch(tokens(1, 6)))

@@ -1,4 +1,5 @@
-"""The seam: what it refuses, and that prefill parts do what they say. Its equality to eager is proved in test_architectures."""
+"""The seam: what it refuses, and that prefill parts do what they say. Its equality to eager is proved in
+test_architectures."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def test_a_model_that_is_not_reached_is_refused_and_left_alone() -> None:
     model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=64)).eval()
     before = model(ids(1, 5)).logits
     config = model.config
-    with pytest.raises(AttachError, match="never asks|interface"):
+    with pytest.raises(AttachError, match=r"never asks|interface"):
         attach(model)
     assert model.config is config and not model._forward_pre_hooks and not model._forward_hooks
     assert torch.equal(model(ids(1, 5)).logits, before)

@@ -70,9 +70,6 @@ REFUSED: dict[str, str] = {
 }
 """Models that reach the attention interface and need more than it says: what the refusal must name."""
 
-UNNOTICED = ("moshi",)
-"""Of these, the ones that `attach` does not refuse yet although the proof fails."""
-
 REFUSED_PLANS = {("deepseek_v3", "duoattention"): "latent"}
 """One latent serves all heads of a layer, so heads cannot keep different entries."""
 

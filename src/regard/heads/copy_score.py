@@ -1,7 +1,9 @@
 """How much each KV head looks up what should be copied: a head table from a plain forward, no training.
 
-A passage is planted in a long text and repeated at its end. A head that copies attends, from each token of the repetition,
-to the token that *followed* the same token in the planted passage. Its score is that weight, averaged over the repetition
+A passage is planted in a long text and repeated at its end. A head that copies attends, from each token of the
+repetition,
+to the token that *followed* the same token in the planted passage. Its score is that weight, averaged over the
+repetition
 and over several plantings; a KV head's is the largest among its query heads, since the cache is kept for the group.
 
 The idea is that of induction heads (Olsson et al. 2022, arXiv 2209.11895) and retrieval heads (Wu et al. 2024, arXiv

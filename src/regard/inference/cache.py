@@ -53,9 +53,10 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, store: KVStore, number: int, direct: bool) -> None:
+    def __init__(self, store: KVStore, number: int, direct: bool, sliding_window: int | None = None) -> None:
         super().__init__()
         self.store, self.number, self.direct = store, number, direct
+        self.sliding_window = sliding_window  # what transformers' own cache would keep of such a layer
         self.storage: RaggedKV | None = None
         self.window: tuple[Tensor, Tensor] | None = None  # last queries (B, Hq, W, D) and their columns (B, W)
         self.window_weights: Tensor | None = None  # (B, 1, Hq, W, positions), latent layers only
@@ -170,7 +171,7 @@ class KVLayer(CacheLayerMixin):
         if held is not None:  # the common case: every head sees all it holds
             batch, kv_heads = held[0].shape[:2]
             stacked = q.reshape(batch, kv_heads, -1, q.shape[-1])
-            return scaled_dot_product_attention(stacked, *held, scale=logits.scale).view(*q.shape[:3], -1)
+            return scaled_dot_product_attention(stacked, *held, scale=logits.scale).reshape(*q.shape[:3], -1)
         visible = None if causal else self._visible_in_group
         return ragged_attend(
             q,
@@ -349,8 +350,10 @@ class HybridKVLayer(LinearAttentionLayer, KVLayer):  # type: ignore[misc]
 
     is_compileable = False
 
-    def __init__(self, store: KVStore, number: int, direct: bool, number_of_states: int = 1) -> None:
-        KVLayer.__init__(self, store, number, direct)
+    def __init__(
+        self, store: KVStore, number: int, direct: bool, sliding_window: int | None = None, number_of_states: int = 1
+    ) -> None:
+        KVLayer.__init__(self, store, number, direct, sliding_window)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:

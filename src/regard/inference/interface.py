@@ -1,7 +1,8 @@
 """The seam: one attention function and one mask function, registered with transformers' own interfaces.
 
 A model that is attached (`regard.inference.seam`) has these two named in its configuration. The mask function draws
-nothing: it wraps transformers' mask function in a `MaskRecipe`, which travels in the mask's place. The attention function
+nothing: it wraps transformers' mask function in a `MaskRecipe`, which travels in the mask's place. The attention
+function
 makes one `AttentionCall` of each layer's call and has it executed. Nothing of transformers is patched.
 """
 
@@ -32,9 +33,9 @@ NAME = "regard"
 
 HARMLESS = frozenset(
     "position_ids use_cache cache_position output_hidden_states output_router_logits sliding_window is_causal "
-    "position_embeddings past_key_values past_key_value return_dict logits_to_keep num_items_in_batch layer_idx cu_seq_lens_q "
-    "cu_seq_lens_k max_length_q max_length_k seq_idx attention_mask deterministic input_ids labels token_type_ids "
-    "mm_token_type_ids output_attentions shared_kv_states inputs_embeds per_layer_inputs".split()
+    "position_embeddings past_key_values past_key_value return_dict logits_to_keep num_items_in_batch layer_idx "
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx attention_mask deterministic input_ids labels "
+    "token_type_ids mm_token_type_ids output_attentions shared_kv_states inputs_embeds per_layer_inputs".split()
 )
 """Arguments that transformers passes along to attention and that do not change what it computes here."""
 
@@ -49,8 +50,8 @@ class Pass:
     padding: Tensor | None
     reached: int = 0
     """Calls of the attention function so far."""
-    handed: list[tuple[KVLayer, bool]] = field(default_factory=list)
-    """The caching layers among them, with whether k and v came as the store had handed them out."""
+    handed: list[tuple[KVLayer, bool, MaskRecipe]] = field(default_factory=list)
+    """The caching layers among them, with whether k and v came as the store had handed them out, and their mask."""
 
 
 class Passes(threading.local):
@@ -95,7 +96,8 @@ def attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """In place of transformers' attention. query (B, Hq, N, D), key and value (B, Hkv, M, D); returns (B, N, Hq, Dv), None."""
+    """In place of transformers' attention. query (B, Hq, N, D), key and value (B, Hkv, M, D); returns (B, N, Hq, Dv),
+    None."""
     owner = OWNERS.get(module)
     now = None if owner is None else owner.passes.current
     if owner is None or now is None:
@@ -114,15 +116,15 @@ def attention(
     now.reached += 1
     if layer is None or given is None:
         out = run_call(_loose(owner, now, query, key, value, logits))
-        return out.transpose(1, 2), None
-    now.handed.append((layer, key is given.k and value is given.v))
+        return out.transpose(1, 2).contiguous(), None
+    now.handed.append((layer, key is given.k and value is given.v, recipe))
     if now.n == 1 and given.stand_in:
         out = layer.decode(query, logits)
         if layer.limits is not None:
             layer.step(layer.store.plan.cache, query, None)
     else:
         out = _prompt(owner, now, layer, given, query, key, value, logits)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _prompt(

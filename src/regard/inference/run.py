@@ -16,7 +16,8 @@ STRIP = 1 << 24
 def run_call(call: AttentionCall) -> Tensor:
     """(B, Hq, N, Dv) in q's dtype.
 
-    Masks of transformers are new functions in every forward, which a compiled kernel would be compiled for each time; so
+    Masks of transformers are new functions in every forward, which a compiled kernel would be compiled for each time;
+    so
     they are drawn, by strips: torch's fused attention where it can, the reference for soft-caps and sinks.
 
     A padding query that sees nothing gets the plain mean of the values, as transformers' eager attention gives it

@@ -34,8 +34,10 @@ HYBRID_LAYERS = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlid
 def attach(model: nn.Module, plan: Plan | str = "full", *, observe: Sequence[Plan | str] = ()) -> Attached:
     """Serve `model` under `plan` until the context ends or `detach()` is called.
 
-    model: a transformers decoder, or a wrapper of one (PEFT). plan: see `regard.Plan`. observe: further plans that a store
-    may be forked to after a prompt under this one. While attached, `model(...)` and `model.generate(...)` work as always
+    model: a transformers decoder, or a wrapper of one (PEFT). plan: see `regard.Plan`. observe: further plans that a
+    store
+    may be forked to after a prompt under this one. While attached, `model(...)` and `model.generate(...)` work as
+    always
     and keep the past in a `KVStore`.
 
     Raises AttachError for a model whose attention does not go through transformers' AttentionInterface, for one already
@@ -78,7 +80,8 @@ class Attached:
     # ---- in and out
 
     def _put_in(self) -> None:
-        """Each module's configuration is exchanged for a copy that names our attention; two hooks frame each forward."""
+        """Each module's configuration is exchanged for a copy that names our attention; two hooks frame each
+        forward."""
         copies: dict[int, Any] = {}
         for module in self.model.modules():
             config = module.__dict__.get("config")
@@ -162,12 +165,14 @@ class Attached:
         number = 0
         for layer in template.layers:
             kind = type(layer).__name__
-            direct = self._direct[number] if number < len(self._direct) else False
-            if kind in PLAIN_LAYERS:
-                layers.append(KVLayer(store, number, direct))
-                number += 1
-            elif kind in HYBRID_LAYERS:
-                layers.append(HybridKVLayer(store, number, direct, getattr(layer, "number_of_states", 1)))
+            if kind in PLAIN_LAYERS or kind in HYBRID_LAYERS:
+                direct = self._direct[number] if number < len(self._direct) else False
+                window = getattr(layer, "sliding_window", None)
+                if kind in PLAIN_LAYERS:
+                    layers.append(KVLayer(store, number, direct, window))
+                else:
+                    states = getattr(layer, "number_of_states", 1)
+                    layers.append(HybridKVLayer(store, number, direct, window, states))
                 number += 1
             elif isinstance(layer, CacheLayerMixin):
                 raise AttachError(f"{type(self._root).__name__} caches in a {kind}, which the seam does not replace")
@@ -246,46 +251,66 @@ class Attached:
     # ---- is it reached?
 
     def _probe(self) -> None:
-        """Two tokens through the model: does its attention reach us, and does it take keys as the store hands them out?"""
-        root = self._root
-        name = type(root).__name__
-        device = root.get_input_embeddings().weight.device
-        tokens = torch.ones(1, 2, dtype=torch.long, device=device)
-        modes = [(m, m.training) for m in root.modules()]
-        devices = [device] if device.type == "cuda" else []
-        root.eval()
-        passes: list[Pass] = []
-        seen = root.register_forward_hook(lambda *_: passes.append(self.passes.current), prepend=True)  # type: ignore[func-returns-value,arg-type]
+        """Two tokens through the model: does its attention reach us, does it take keys as the store hands them out?"""
+        name = type(self._root).__name__
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                root(input_ids=tokens, use_cache=True)
+            now = self._try()
         except RegardError:
             raise
-        except Exception as error:
-            raise AttachError(f"{name} does not go through transformers' attention interface: {error}") from error
-        finally:
-            seen.remove()
-            for module, mode in modes:
-                module.training = mode
-        now = passes[-1]
+        except Exception as first:
+            self._own_cache = True  # perhaps it insists on a cache class of its own
+            try:
+                now = self._try()
+            except Exception:
+                raise AttachError(
+                    f"{name} does not run on transformers' attention interface: with it set, a forward raises "
+                    f"{type(first).__name__}: {first}"
+                ) from first
         if not now.reached:
             raise AttachError(
-                f"{name}: its attention never asks transformers' AttentionInterface, so setting it would silently change nothing"
+                f"{name}: its attention never asks transformers' AttentionInterface, "
+                "so setting it would silently change nothing"
             )
         if now.store is not None:
             self._read_probe(now.store, now)
+        elif any(plan.cache != Plan().cache or plan.decode != Plan().decode for plan in self.observe):
+            raise AttachError(f"{name} insists on a cache class of its own: only prefill parts apply, not {self.plan}")
+
+    def _try(self) -> Pass:
+        """One forward in eval mode, without gradients or a trace in random generators; what it met."""
+        root = self._root
+        device = root.get_input_embeddings().weight.device
+        tokens = torch.ones(1, 2, dtype=torch.long, device=device)
+        modes = [(module, module.training) for module in root.modules()]
+        passes: list[Pass | None] = []
+        hook = root.register_forward_hook(lambda *_: passes.append(self.passes.current), prepend=True)
+        root.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                root(input_ids=tokens, use_cache=True)
+        finally:
+            hook.remove()
+            for module, mode in modes:
+                module.training = mode
+        assert passes[-1] is not None
+        return passes[-1]
 
     def _read_probe(self, store: KVStore, now: Pass) -> None:
         name = type(self._root).__name__
         updated = {layer.number for layer in store.kv_layers if layer.storage is not None}
-        silent = updated - {layer.number for layer, _ in now.handed}
+        silent = updated - {layer.number for layer, _, _ in now.handed}
         if silent:
             raise AttachError(
                 f"{name}: {len(silent)} of {len(updated)} layers with a cache do not reach the attention function"
             )
         direct = dict.fromkeys(range(store.caching_layers), True)
-        for layer, as_handed in now.handed:
+        for layer, as_handed, recipe in now.handed:
             direct[layer.number] = direct[layer.number] and as_handed
+            if layer.sliding_window is not None and recipe.causal:
+                raise AttachError(
+                    f"{name}: its window of {layer.sliding_window} exists only in the cache it makes, not in its mask, "
+                    "and would be lost"
+                )
         self._direct = [direct[i] for i in range(store.caching_layers)]
         for layer in store.kv_layers:
             layer.direct = self._direct[layer.number]
@@ -303,7 +328,8 @@ class Attached:
                 latent = [layer.number for layer in layers if not layer.direct and heads[layer.number] == 1]
                 if apart and latent:
                     raise AttachError(
-                        f"{part}: layers {latent} cache one latent for all heads, so heads cannot keep different entries"
+                        f"{part}: layers {latent} cache one latent for all heads, "
+                        "so heads cannot keep different entries"
                     )
                 policy.check_model(heads)
 

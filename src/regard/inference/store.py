@@ -45,7 +45,8 @@ class Forward:
 class KVStore(Cache):
     """What a model attached to a plan keeps of the past.
 
-    sealed: the prompt has ended and the plan's cache policy has acted. That happens at `seal()` or at the first one-token
+    sealed: the prompt has ended and the plan's cache policy has acted. That happens at `seal()` or at the first
+    one-token
     forward; tokens of a later longer forward are appended whole until `seal()` is called again.
     """
 
@@ -94,7 +95,8 @@ class KVStore(Cache):
         return self.columns if self._now is None else self._now.offset + self._now.n
 
     def begin(self, batch: int, n: int, mask: Tensor | None, device: torch.device) -> Forward:
-        """A forward of n columns starts. mask (B, columns + n), 1 = real token, or None. Seals before a one-token forward."""
+        """A forward of n columns starts. mask (B, columns + n), 1 = real token, or None. Seals before a one-token
+        forward."""
         if self.broken:
             raise StoreError(
                 "a forward over this store failed halfway, when entries had been dropped: start a new store"
@@ -136,7 +138,8 @@ class KVStore(Cache):
         return self._now
 
     def end(self, failed: bool = False) -> None:
-        """The forward is over. One that failed midway is undone; where a step has dropped entries, the store is broken."""
+        """The forward is over. One that failed midway is undone; where a step has dropped entries, the store is
+        broken."""
         if self._now is None:
             return
         now, self._now = self._now, None
@@ -166,7 +169,8 @@ class KVStore(Cache):
         return self.attached.needs(layer)
 
     def stand_in(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A tensor of that shape, all NaN and without memory: a new one each time, so that it can be told by identity."""
+        """A tensor of that shape, all NaN and without memory: a new one each time, so that it can be told by
+        identity."""
         key = (like.dtype, like.device)
         if key not in self._nan:
             self._nan[key] = torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=like.device)
@@ -201,7 +205,8 @@ class KVStore(Cache):
     # ---- the end of the prompt
 
     def seal(self) -> None:
-        """End the prompt: every layer keeps what the plan's cache policy chooses within its budget, the rest is freed."""
+        """End the prompt: every layer keeps what the plan's cache policy chooses within its budget, the rest is
+        freed."""
         if not self.columns:
             raise StoreError("nothing to seal: the store has seen no prompt")
         self.prompt = self.counts
@@ -212,7 +217,8 @@ class KVStore(Cache):
     def fork(self, plan: Plan | str | None = None) -> KVStore:
         """A store with the same past, under another plan. Memory is shared until one of the two is written to.
 
-        The prompt must have been observed for that plan: attach with `observe=[plan, …]`. A sealed store forks under its
+        The prompt must have been observed for that plan: attach with `observe=[plan, …]`. A sealed store forks under
+        its
         own plan only.
         """
         plan = self.plan if plan is None else Plan.parse(plan) if isinstance(plan, str) else plan
@@ -331,7 +337,8 @@ class KVStore(Cache):
         self._clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen, what was dropped included. Asked between a layer's update and the end of a forward, those as well."""
+        """Columns seen, what was dropped included. Asked between a layer's update and the end of a forward, those as
+        well."""
         if 0 <= layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], KVLayer):
             return self.layers[layer_idx].get_seq_length()
         return self.columns

@@ -42,20 +42,17 @@ def refuses(request: Request) -> str | None:
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) float32."""
     from regard.kernels.triton.block_sparse import BlockSparse, launches
-    from regard.kernels.triton.tile_lists import tiles_of
+    from regard.kernels.triton.tile_lists import Tiles, tiles_of
 
     q, k, v = request.q, request.k, request.v
-    block, how = launches(q.shape[3], v.shape[3], q.dtype)
-    tiles = tiles_of(
-        request.pattern if request.pattern is not None else full(),
-        q.shape[2],
-        k.shape[2],
-        batch=q.shape[0],
-        heads=q.shape[1],
-        block=block,
-        device=q.device,
-    )
-    out, lse = BlockSparse.apply(q, k, v, tiles, block, request.scale, how)
+    pattern = request.pattern if request.pattern is not None else full()
+
+    def tiles(block: tuple[int, int]) -> Tiles:
+        n, m = q.shape[2], k.shape[2]
+        return tiles_of(pattern, n, m, batch=q.shape[0], heads=q.shape[1], block=block, device=q.device)
+
+    how = launches(max(q.shape[3], v.shape[3]), q.dtype)
+    out, lse = BlockSparse.apply(q, k, v, tiles, request.scale, how)
     if request.sinks is not None:
         sinks = request.sinks.to(lse.dtype)[None, :, None]
         out = (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)

@@ -96,7 +96,7 @@ def ragged_attend(
         stacked = q.reshape(lanes, 1, *shape[2:])
         out, lse = _group(stacked, groups[0], n, scale, softcap, sinks, visible, fused)
         out = out.reshape(batch, heads, n, -1)
-        return (out, lse.view(batch, heads, n)) if lse is not None else out
+        return (out, lse.view(batch, heads, n)) if return_lse and lse is not None else out
     stacked = q.reshape(shape)
     outs = q.new_zeros((*shape[:3], groups[0].v.shape[2]))
     held = torch.float64 if q.dtype == torch.float64 else torch.float32

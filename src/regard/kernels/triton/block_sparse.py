@@ -1,15 +1,19 @@
-"""Block-sparse attention in Triton: FULL tiles without a mask, PARTIAL tiles with one bit per entry, EMPTY tiles never read.
+"""Block-sparse attention in Triton: FULL tiles without a mask, PARTIAL ones with a bit per entry, EMPTY ones never read.
 
 One kernel for every pattern. What a pattern says is data: for each query block the key blocks to visit, and for each
 PARTIAL tile BM·BN bits (`tile_lists`). Another pattern compiles nothing.
 
-The forward is the online softmax of FlashAttention (Dao 2023, arXiv 2307.08691) in base 2. The backward has two kernels:
-dq walks a query block's key blocks; dk and dv walk a key block's query blocks, over all query heads of its group, so that
-nothing is added atomically and results repeat bit for bit.
+The forward is the online softmax of FlashAttention (Dao 2023, arXiv 2307.08691) in base 2. The backward has two
+kernels: dq walks a query block's key blocks; dk and dv walk a key block's query blocks, over all query heads of its
+group, so that nothing is added atomically and results repeat bit for bit.
+
+Logits are always `queries · keysᵀ` of loaded tiles: no accumulator is ever transposed, which gives wrong gradients on
+Hopper with some versions of Triton.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +22,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regard.kernels.triton.tile_lists import Tiles
+from regard.kernels.triton.tile_lists import TileLists, Tiles
 
 LOG2E = 1.4426950408889634
+TilesOf = Callable[[tuple[int, int]], Tiles]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: warps, pipeline stages, and rows taken at a time in the backward of keys."""
+    """How a kernel is launched: query and key block, warps, pipeline stages; rows taken at a time by dk and dv."""
 
+    block: tuple[int, int]
     warps: int
     stages: int
     rows: int = 64
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Forward, and the two kernels of the backward, which share a block."""
+
+    forward: Launch
+    queries: Launch
+    keys: Launch
+
+
+def launches(head_dim: int, dtype: torch.dtype) -> Launches:
+    """Chosen by shape, measured on an H100 at head dim 128 in bfloat16; larger ones and float32 take smaller steps."""
+    if head_dim > 128 or dtype == torch.float32:
+        small = Launch((32, 32), 4, 2, 32)
+        return Launches(small, small, small)
+    return Launches(Launch((64, 64), 4, 3), Launch((128, 64), 8, 2), Launch((128, 64), 4, 2))
 
 
 @triton.jit
@@ -40,8 +63,33 @@ def _allowed(Bits, slot, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _rows(base, index, step, dims, limit):
+    """A tile (index, dims) of a matrix whose rows are `step` apart; zeros beyond `limit`."""
+    return tl.load(base + index[:, None].to(tl.int64) * step + dims[None], mask=index[:, None] < limit, other=0.0)
+
+
+@triton.jit
+def _absorb(q, k, v, keep, top, total, acc, scale, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile into the online softmax. `scale` is in base 2."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASK:
+        logits = tl.where(keep, logits * scale, -float("inf"))
+        new = tl.maximum(top, tl.max(logits, 1))
+        safe = tl.where(new == -float("inf"), 0.0, new)
+        weights = tl.exp2(logits - safe[:, None])
+        fade = tl.exp2(top - safe)
+    else:
+        new = tl.maximum(top, tl.max(logits, 1) * scale)
+        weights = tl.exp2(logits * scale - new[:, None])
+        fade = tl.exp2(top - new)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new, total, acc
+
+
+@triton.jit
 def _forward(
-    Q, K, V, Out, Lse, Start, Other, Slot, Bits, MaskOf,
+    Q, K, V, Out, Lse, Start, First, Count, Other, Slot, Bits, MaskOf,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
     n, m, heads, group, scale, blocks,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,50 +97,35 @@ def _forward(
     """One query block of one head: out (B, H, N, DV), lse (B, H, N) natural."""
     block = blocks - 1 - tl.program_id(0)  # under causality the longest lists come first
     bh = tl.program_id(1)
-    b, h = bh // heads, bh % heads
-    entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 3
-    full, partial, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 4
+    run, run_end, part, part_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
     rows, cols, ds, dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D), tl.arange(0, DV)
     i = block * BM + rows
-    inside = i < n
-    q = tl.load(Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh + i[:, None].to(tl.int64) * sqn + ds[None], mask=inside[:, None], other=0.0)
-    k_base = K + b.to(tl.int64) * skb + (h // group).to(tl.int64) * skh
-    v_base = V + b.to(tl.int64) * svb + (h // group).to(tl.int64) * svh
+    q = _rows(Q + b * sqb + h * sqh, i, sqn, ds, n)
+    k_base = K + b * skb + (h // group) * skh
+    v_base = V + b * svb + (h // group) * svh
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DV], tl.float32)
-    for t in range(full, partial):
+    for r in range(run, run_end):
+        begin = tl.load(First + r) * BN
+        end = begin + tl.load(Count + r) * BN
+        for j in range(begin, end, BN):
+            k = tl.load(k_base + (j + cols)[:, None] * skn + ds[None])
+            v = tl.load(v_base + (j + cols)[:, None] * svn + dv[None])
+            top, total, acc = _absorb(q, k, v, 0, top, total, acc, scale, False, PRECISION)
+    for t in range(part, part_end):
         j = tl.load(Other + t) * BN + cols
-        k = tl.load(k_base + j[None] * skn + ds[:, None])
-        logits = tl.dot(q, k, input_precision=PRECISION)
-        new = tl.maximum(top, tl.max(logits, 1) * scale)
-        weights = tl.exp2(logits * scale - new[:, None])
-        fade = tl.exp2(top - new)
-        total = total * fade + tl.sum(weights, 1)
-        v = tl.load(v_base + j[:, None] * svn + dv[None])
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-        top = new
-    for t in range(partial, end):
-        j = tl.load(Other + t) * BN + cols
-        here = j < m
-        k = tl.load(k_base + j[None] * skn + ds[:, None], mask=here[None], other=0.0)
-        logits = tl.dot(q, k, input_precision=PRECISION) * scale
         keep = _allowed(Bits, tl.load(Slot + t), rows[:, None], cols[None], BM, BN)
-        logits = tl.where(keep, logits, -float("inf"))
-        new = tl.maximum(top, tl.max(logits, 1))
-        safe = tl.where(new == -float("inf"), 0.0, new)
-        weights = tl.exp2(logits - safe[:, None])
-        fade = tl.exp2(top - safe)
-        total = total * fade + tl.sum(weights, 1)
-        v = tl.load(v_base + j[:, None] * svn + dv[None], mask=here[:, None], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-        top = new
+        k, v = _rows(k_base, j, skn, ds, m), _rows(v_base, j, svn, dv, m)
+        top, total, acc = _absorb(q, k, v, keep, top, total, acc, scale, True, PRECISION)
     blind = total == 0.0
     acc = acc / tl.where(blind, 1.0, total)[:, None]
     lse = tl.where(blind, -float("inf"), (top + tl.log2(tl.where(blind, 1.0, total))) / 1.4426950408889634)
-    out = Out + b.to(tl.int64) * sob + h.to(tl.int64) * soh + i[:, None].to(tl.int64) * son + dv[None]
-    tl.store(out, acc.to(Out.dtype.element_ty), mask=inside[:, None])
-    tl.store(Lse + bh.to(tl.int64) * n + i, lse, mask=inside)
+    out = Out + b * sob + h * soh + i[:, None].to(tl.int64) * son + dv[None]
+    tl.store(out, acc.to(Out.dtype.element_ty), mask=i[:, None] < n)
+    tl.store(Lse + bh.to(tl.int64) * n + i, lse, mask=i < n)
 
 
 @triton.jit
@@ -118,8 +151,18 @@ def _delta(
 
 
 @triton.jit
+def _dlogits(q, k, v, dout, base, delta, keep, scale, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Weights and the gradient of logits (natural, before scale) of one tile of queries × keys."""
+    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - base[:, None])
+    if MASK:
+        weights = tl.where(keep, weights, 0.0)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    return weights * (dweights - delta[:, None])
+
+
+@triton.jit
 def _backward_q(
-    Q, K, V, DOut, Base, Delta, DQ, Start, Other, Slot, Bits, MaskOf,
+    Q, K, V, DOut, Base, Delta, DQ, Start, First, Count, Other, Slot, Bits, MaskOf,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sdb, sdh, sdn, sgb, sgh, sgn,
     n, m, heads, group, scale, blocks,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,123 +171,127 @@ def _backward_q(
     block = blocks - 1 - tl.program_id(0)
     bh = tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 3
-    full, partial, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 4
+    run, run_end, part, part_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
     rows, cols, ds, dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D), tl.arange(0, DV)
     i = block * BM + rows
-    inside = i < n
-    at = i[:, None].to(tl.int64)
-    q = tl.load(Q + b * sqb + h * sqh + at * sqn + ds[None], mask=inside[:, None], other=0.0)
-    dout = tl.load(DOut + b * sdb + h * sdh + at * sdn + dv[None], mask=inside[:, None], other=0.0)
+    q, dout = _rows(Q + b * sqb + h * sqh, i, sqn, ds, n), _rows(DOut + b * sdb + h * sdh, i, sdn, dv, n)
     place = bh.to(tl.int64) * n + i
-    base = tl.load(Base + place, mask=inside, other=float("inf"))
-    delta = tl.load(Delta + place, mask=inside, other=0.0)
+    base = tl.load(Base + place, mask=i < n, other=float("inf"))
+    delta = tl.load(Delta + place, mask=i < n, other=0.0)
     k_base = K + b * skb + (h // group) * skh
     v_base = V + b * svb + (h // group) * svh
-    scale2 = scale * 1.4426950408889634
+    base2 = scale * 1.4426950408889634
     dq = tl.zeros([BM, D], tl.float32)
-    for t in range(full, end):
+    for r in range(run, run_end):
+        begin = tl.load(First + r) * BN
+        end = begin + tl.load(Count + r) * BN
+        for j in range(begin, end, BN):
+            k = tl.load(k_base + (j + cols)[:, None] * skn + ds[None])
+            v = tl.load(v_base + (j + cols)[:, None] * svn + dv[None])
+            dlogits = _dlogits(q, k, v, dout, base, delta, 0, base2, False, PRECISION)
+            dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
+    for t in range(part, part_end):
         j = tl.load(Other + t) * BN + cols
-        here = j < m
-        k = tl.load(k_base + j[:, None] * skn + ds[None], mask=here[:, None], other=0.0)
-        v = tl.load(v_base + j[:, None] * svn + dv[None], mask=here[:, None], other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        weights = tl.exp2(logits * scale2 - base[:, None])
-        if t >= partial:
-            keep = _allowed(Bits, tl.load(Slot + t), rows[:, None], cols[None], BM, BN)
-            weights = tl.where(keep, weights, 0.0)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        dlogits = (weights * (dweights - delta[:, None])).to(k.dtype)
-        dq = tl.dot(dlogits, k, dq, input_precision=PRECISION)
-    tl.store(DQ + b * sgb + h * sgh + at * sgn + ds[None], (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None])
+        keep = _allowed(Bits, tl.load(Slot + t), rows[:, None], cols[None], BM, BN)
+        k, v = _rows(k_base, j, skn, ds, m), _rows(v_base, j, svn, dv, m)
+        dlogits = _dlogits(q, k, v, dout, base, delta, keep, base2, True, PRECISION)
+        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
+    out = DQ + b * sgb + h * sgh + i[:, None].to(tl.int64) * sgn + ds[None]
+    tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=i[:, None] < n)
+
+
+@triton.jit
+def _add_queries(
+    k, v, dk, dvalue, q_base, d_base, Base, Delta, line, i, keep, sqn, sdn, n, scale,
+    D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What queries i add to dk and dv of a key block; everything lies as (keys, queries)."""
+    ds, dv = tl.arange(0, D), tl.arange(0, DV)
+    q, dout = _rows(q_base, i, sqn, ds, n), _rows(d_base, i, sdn, dv, n)
+    base = tl.load(Base + line + i, mask=i < n, other=float("inf"))
+    delta = tl.load(Delta + line + i, mask=i < n, other=0.0)
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - base[None])
+    if MASK:
+        weights = tl.where(keep, weights, 0.0)
+    dvalue = tl.dot(weights.to(dout.dtype), dout, dvalue, input_precision=PRECISION)
+    dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dk = tl.dot((weights * (dweights - delta[None])).to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dvalue
 
 
 @triton.jit
 def _backward_kv(
-    Q, K, V, DOut, Base, Delta, DK, DV_, Start, Other, Slot, Bits, MaskOf,
+    Q, K, V, DOut, Base, Delta, DK, DVal, Start, First, Count, Other, Slot, Bits, MaskOf,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sdb, sdh, sdn, sgb, sgh, sgn, swb, swh, swn,
     n, m, heads, group, scale, blocks,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key block of one KV head: dk (B, Hkv, M, D) and dv (B, Hkv, M, DV), summed over the query heads of its group.
-
-    Everything is transposed — logits are (keys, queries) — so that no accumulator ever is: a transposed accumulator gives
-    wrong gradients on Hopper with some versions of Triton.
-    """
+    """One key block of one KV head: dk (B, Hkv, M, D) and dv (B, Hkv, M, DV), summed over its group's query heads."""
     block = tl.program_id(0)
     kv_heads = heads // group
-    b, hk = (tl.program_id(1) // kv_heads).to(tl.int64), tl.program_id(1) % kv_heads
+    b, hk = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     cols, ds, dv, some = tl.arange(0, BN), tl.arange(0, D), tl.arange(0, DV), tl.arange(0, ROWS)
     j = block * BN + cols
-    here = j < m
-    at = j[:, None].to(tl.int64)
-    k = tl.load(K + b * skb + hk.to(tl.int64) * skh + at * skn + ds[None], mask=here[:, None], other=0.0)
-    v = tl.load(V + b * svb + hk.to(tl.int64) * svh + at * svn + dv[None], mask=here[:, None], other=0.0)
-    scale2 = scale * 1.4426950408889634
-    dk = tl.zeros([BN, D], tl.float32)
-    dvalue = tl.zeros([BN, DV], tl.float32)
+    k, v = _rows(K + b * skb + hk * skh, j, skn, ds, m), _rows(V + b * svb + hk * svh, j, svn, dv, m)
+    base2 = scale * 1.4426950408889634
+    dk, dvalue = tl.zeros([BN, D], tl.float32), tl.zeros([BN, DV], tl.float32)
     for g in range(0, group):
         h = hk * group + g
-        bh = (b * heads + h).to(tl.int32)
-        entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 3
-        full, partial, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        q_base = Q + b * sqb + h.to(tl.int64) * sqh
-        d_base = DOut + b * sdb + h.to(tl.int64) * sdh
-        line = bh.to(tl.int64) * n
+        bh = b * heads + h
+        entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 4
+        run, run_end, part, part_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+        q_base, d_base, line = Q + b * sqb + h * sqh, DOut + b * sdb + h * sdh, bh * n
+        for r in range(run, run_end):
+            begin = tl.load(First + r) * BM
+            end = begin + tl.load(Count + r) * BM
+            for i in range(begin, end, ROWS):
+                dk, dvalue = _add_queries(
+                    k, v, dk, dvalue, q_base, d_base, Base, Delta, line, i + some, 0, sqn, sdn, n, base2,
+                    D, DV, False, PRECISION,
+                )  # fmt: skip
         steps: tl.constexpr = BM // ROWS
-        for u in range(full * steps, end * steps):
-            t = u // steps
+        for u in range(part * steps, part_end * steps):
             rows = (u % steps) * ROWS + some
-            i = tl.load(Other + t) * BM + rows
-            inside = i < n
-            q = tl.load(q_base + i[:, None] * sqn + ds[None], mask=inside[:, None], other=0.0)
-            dout = tl.load(d_base + i[:, None] * sdn + dv[None], mask=inside[:, None], other=0.0)
-            base = tl.load(Base + line + i, mask=inside, other=float("inf"))
-            delta = tl.load(Delta + line + i, mask=inside, other=0.0)
-            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            weights = tl.exp2(logits * scale2 - base[None])
-            if t >= partial:
-                keep = _allowed(Bits, tl.load(Slot + t), rows[None], cols[:, None], BM, BN)
-                weights = tl.where(keep, weights, 0.0)
-            dvalue = tl.dot(weights.to(dout.dtype), dout, dvalue, input_precision=PRECISION)
-            dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            dlogits = (weights * (dweights - delta[None])).to(q.dtype)
-            dk = tl.dot(dlogits, q, dk, input_precision=PRECISION)
-    hk = hk.to(tl.int64)
-    tl.store(DK + b * sgb + hk * sgh + at * sgn + ds[None], (dk * scale).to(DK.dtype.element_ty), mask=here[:, None])
-    tl.store(DV_ + b * swb + hk * swh + at * swn + dv[None], dvalue.to(DV_.dtype.element_ty), mask=here[:, None])
+            i = tl.load(Other + u // steps) * BM + rows
+            keep = _allowed(Bits, tl.load(Slot + u // steps), rows[None], cols[:, None], BM, BN)
+            dk, dvalue = _add_queries(
+                k, v, dk, dvalue, q_base, d_base, Base, Delta, line, i, keep, sqn, sdn, n, base2,
+                D, DV, True, PRECISION,
+            )  # fmt: skip
+    at = j[:, None].to(tl.int64)
+    tl.store(DK + b * sgb + hk * sgh + at * sgn + ds[None], (dk * scale).to(DK.dtype.element_ty), mask=j[:, None] < m)
+    tl.store(DVal + b * swb + hk * swh + at * swn + dv[None], dvalue.to(DVal.dtype.element_ty), mask=j[:, None] < m)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [s for t in tensors for s in t.stride()[:3]]
 
 
-def _precision(q: Tensor) -> str:
-    return "ieee" if q.dtype == torch.float32 else "tf32"
-
-
 class BlockSparse(torch.autograd.Function):
-    """out (B, Hq, N, Dv) and lse (B, Hq, N) float32 of softmax(scale · q kᵀ) v over the tiles' entries."""
+    """out (B, Hq, N, Dv) and lse (B, Hq, N) float32 of softmax(scale · q kᵀ) v over the entries of a pattern.
+
+    `tiles(block)` gives the pattern's lists for that block: forward and backward are fastest with different ones.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, block: tuple[int, int], scale: float, how: Any
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: TilesOf, scale: float, how: Launches
     ) -> tuple[Tensor, Tensor]:
         batch, heads, n, dim = q.shape
         kv_heads, m, dim_v = v.shape[1:]
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty(batch, heads, n, dim_v, dtype=q.dtype, device=q.device)
         lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
-        lists = tiles.by_query
-        launch: Launch = how["forward"]
+        held, lists = _read(tiles(how.forward.block), "by_query")
         _forward[(lists.blocks, batch * heads)](
-            q, k, v, out, lse, lists.start, lists.other, lists.slot, tiles.bits, tiles.mask_of,
-            *_strides(q, k, v, out), n, m, heads, heads // kv_heads, scale * LOG2E, lists.blocks,
-            BM=block[0], BN=block[1], D=dim, DV=dim_v, PRECISION=_precision(q),
-            num_warps=launch.warps, num_stages=launch.stages,
+            q, k, v, out, lse, *held, *_strides(q, k, v, out),
+            n, m, heads, heads // kv_heads, scale * LOG2E, lists.blocks,
+            D=dim, DV=dim_v, **_options(how.forward, q),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tiles, ctx.block, ctx.scale, ctx.how = tiles, block, scale, how
+        ctx.tiles, ctx.scale, ctx.how = tiles, scale, how
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -253,7 +300,7 @@ class BlockSparse(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         batch, heads, n, dim = q.shape
         kv_heads, m, dim_v = v.shape[1:]
-        tiles, (bm, bn), how = ctx.tiles, ctx.block, ctx.how
+        how: Launches = ctx.how
         dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
         base, delta = torch.empty_like(lse), torch.empty_like(lse)
         _delta[(triton.cdiv(n, 64), batch * heads)](
@@ -261,17 +308,27 @@ class BlockSparse(torch.autograd.Function):
             BM=64, DV=dim_v, HAS_DLSE=dlse is not None,
         )  # fmt: skip
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        common = {"BM": bm, "BN": bn, "D": dim, "DV": dim_v, "PRECISION": _precision(q)}
-        lists, launch = tiles.by_query, how["queries"]
+        shape = (n, m, heads, heads // kv_heads, ctx.scale)
+        held, lists = _read(ctx.tiles(how.queries.block), "by_query")
         _backward_q[(lists.blocks, batch * heads)](
-            q, k, v, dout, base, delta, dq, lists.start, lists.other, lists.slot, tiles.bits, tiles.mask_of,
-            *_strides(q, k, v, dout, dq), n, m, heads, heads // kv_heads, ctx.scale, lists.blocks,
-            **common, num_warps=launch.warps, num_stages=launch.stages,
+            q, k, v, dout, base, delta, dq, *held, *_strides(q, k, v, dout, dq), *shape, lists.blocks,
+            D=dim, DV=dim_v, **_options(how.queries, q),
         )  # fmt: skip
-        lists, launch = tiles.by_key, how["keys"]
+        held, lists = _read(ctx.tiles(how.keys.block), "by_key")
         _backward_kv[(lists.blocks, batch * kv_heads)](
-            q, k, v, dout, base, delta, dk, dv, lists.start, lists.other, lists.slot, tiles.bits, tiles.mask_of,
-            *_strides(q, k, v, dout, dk, dv), n, m, heads, heads // kv_heads, ctx.scale, lists.blocks,
-            **common, ROWS=min(launch.rows, bm), num_warps=launch.warps, num_stages=launch.stages,
+            q, k, v, dout, base, delta, dk, dv, *held, *_strides(q, k, v, dout, dk, dv), *shape, lists.blocks,
+            D=dim, DV=dim_v, ROWS=min(how.keys.rows, how.keys.block[0]), **_options(how.keys, q),
         )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None
+
+
+def _read(tiles: Tiles, side: str) -> tuple[list[Tensor], TileLists]:
+    """The tensors of one side's lists in the order that the kernels take them, and the lists."""
+    lists: TileLists = getattr(tiles, side)
+    return [lists.start, lists.first, lists.count, lists.other, lists.slot, tiles.bits, tiles.mask_of], lists
+
+
+def _options(launch: Launch, q: Tensor) -> dict[str, Any]:
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    bm, bn = launch.block
+    return {"BM": bm, "BN": bn, "PRECISION": precision, "num_warps": launch.warps, "num_stages": launch.stages}

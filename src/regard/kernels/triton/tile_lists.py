@@ -25,12 +25,15 @@ KEPT = 16
 class TileLists:
     """For every block of one side, the blocks of the other side to visit.
 
-    start (R, blocks, 3) int32: where its FULL tiles start in `other`, where its PARTIAL ones do, where they end; R counts
-    the distinct masks over batch rows and heads. other (T,) int32: blocks of the other side. slot (T,) int32: of a
-    PARTIAL tile, its place in the bits.
+    start (R, blocks, 4) int32: first and end of its runs of FULL tiles, then first and end of its PARTIAL tiles; R
+    counts
+    the distinct masks over batch rows and heads. first, count int32: the runs, of neighbouring blocks. other, slot
+    int32: the PARTIAL tiles, their block and their place in the bits.
     """
 
     start: Tensor
+    first: Tensor
+    count: Tensor
     other: Tensor
     slot: Tensor
 
@@ -62,11 +65,23 @@ def tiles_of(
     pattern: Pattern, n: int, m: int, *, batch: int, heads: int, block: tuple[int, int], device: torch.device
 ) -> Tiles:
     """The lists of a pattern over n queries, the last of m positions, and m keys. Made once per pattern and shape."""
-    key = (pattern, tuple(id(t) for t in pattern.tensors()), n, m, batch if pattern.batched else 1, heads, block, device)
+    key = (
+        pattern,
+        tuple(id(t) for t in pattern.tensors()),
+        n,
+        m,
+        batch if pattern.batched else 1,
+        heads,
+        block,
+        device,
+    )
     if key in _kept:
         _kept.move_to_end(key)
     else:
-        _kept[key] = (pattern, _build(pattern, n, m, batch, heads, block, device))  # the pattern keeps its tensors' ids taken
+        _kept[key] = (
+            pattern,
+            _build(pattern, n, m, batch, heads, block, device),
+        )  # the pattern keeps its tensors' ids taken
         if len(_kept) > KEPT:
             _kept.popitem(last=False)
     tiles = _kept[key][1]
@@ -78,9 +93,9 @@ def tiles_of(
 def _build(
     pattern: Pattern, n: int, m: int, batch: int, heads: int, block: tuple[int, int], device: torch.device
 ) -> Tiles:
-    bm, bn = block
+    bn = block[1]
     grid = pattern.block_map(n, m, block=block, heads=heads, batch=batch, device=device)
-    different, of_head = distinct_heads(pattern, heads)
+    of_head = distinct_heads(pattern, heads)[1]
     rows, groups, nq, nk = grid.kinds.shape
     kinds = grid.kinds.reshape(rows * groups, nq, nk).clone()
     if m % bn:  # keys beyond the end are masked by bits, so the last block of keys is never FULL
@@ -102,14 +117,21 @@ def _build(
 
 def _lists(kinds: Tensor, slots: Tensor) -> TileLists:
     """kinds and slots (R, blocks, others)."""
-    masks, blocks, _ = kinds.shape
-    wanted = torch.stack([kinds == FULL, kinds == PARTIAL], 2)  # FULL first, then PARTIAL, each ascending
-    r, block, _, other = wanted.nonzero(as_tuple=True)
-    counts = wanted.sum(-1, dtype=torch.int32).view(masks * blocks, 2)
-    ends = counts.flatten().cumsum(0, dtype=torch.int32).view(-1, 2)
-    start = torch.stack([ends[:, 0] - counts[:, 0], ends[:, 0], ends[:, 1]], 1)
+    full, partial = kinds == FULL, kinds == PARTIAL
+    before = torch.nn.functional.pad(full, (1, 0))[..., :-1]
+    after = torch.nn.functional.pad(full, (0, 1))[..., 1:]
+    begins, ends = full & ~before, full & ~after
+    first = begins.nonzero()[:, 2]
+    count = ends.nonzero()[:, 2] - first + 1  # runs are met in the same order by their first and by their last tile
+    edges = []
+    for wanted in (begins, partial):
+        many = wanted.sum(-1, dtype=torch.int32).flatten()
+        end = many.cumsum(0, dtype=torch.int32)
+        edges += [end - many, end]
+    r, block, other = partial.nonzero(as_tuple=True)
+    start = torch.stack(edges, 1).view(*kinds.shape[:2], 4).contiguous()
     return TileLists(
-        start.view(masks, blocks, 3).contiguous(), other.to(torch.int32), slots[r, block, other].contiguous()
+        start, first.to(torch.int32), count.to(torch.int32), other.to(torch.int32), slots[r, block, other].contiguous()
     )
 
 
