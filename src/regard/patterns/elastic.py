@@ -68,7 +68,7 @@ class ElasticWindow(Pattern):
     families=("static-pattern",),
     paper=PAPER,
     cost="N · Σ (span + block) entries over the heads",
-    example=lambda: moa_mixture_of_sparse_attention([(2, 1 / 3), (4, 0)], block=2).bind(24),
+    example=lambda: _example(),
     causal=True,
 )
 def moa_mixture_of_sparse_attention(rules: Sequence[Rule], *, group: int = 1, block: int = 64) -> Pattern:
@@ -91,3 +91,7 @@ def moa_mixture_of_sparse_attention(rules: Sequence[Rule], *, group: int = 1, bl
         elastic = ElasticWindow(alpha, beta, block)
         heads += [elastic.bind(1) if beta == 0 else elastic] * group
     return PerHead(tuple(heads))
+
+
+def _example() -> Pattern:
+    return moa_mixture_of_sparse_attention([(2, 1 / 3), (4, 0)], block=2).bind(24)

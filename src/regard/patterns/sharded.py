@@ -53,7 +53,7 @@ class Shard(BlockwiseCausal):
     families=("static-pattern",),
     paper=PAPER,
     cost="N · (local · block + N / (2 · stride)) entries a head",
-    example=lambda: s2_attention(4, kv_heads=2, local=2, stride=3, block=2),
+    example=lambda: _example(),
     causal=True,
 )
 def s2_attention(
@@ -109,3 +109,7 @@ def drops_for_good(pattern: Pattern, n: int, local: int) -> bool:
     allowed = pattern.dense(n)
     i, j = torch.arange(n - 1)[:, None], torch.arange(n)
     return not bool((allowed[:, :, 1:] & ~allowed[:, :, :-1] & (i - j >= local)).any())
+
+
+def _example() -> Pattern:
+    return s2_attention(4, kv_heads=2, local=2, stride=3, block=2)

@@ -104,7 +104,7 @@ def _check(heads: int, group: int, length: int | None) -> None:
     families=("static-pattern",),
     paper=LONGLORA,
     cost="N · group / 2 entries",
-    example=lambda: longlora(4, 6, border="wrapped", length=24),
+    example=lambda: _longlora_example(),
     causal=True,
 )
 def longlora(heads: int, group: int, *, border: Border = "leak-free", length: int | None = None) -> Pattern:
@@ -131,7 +131,7 @@ def longlora(heads: int, group: int, *, border: Border = "leak-free", length: in
     families=("static-pattern",),
     paper=SINKLORA,
     cost="N · (group / 2 + sinks) entries",
-    example=lambda: sinklora(4, 6, sinks=2, length=24),
+    example=lambda: _sinklora_example(),
     causal=True,
 )
 def sinklora(
@@ -160,3 +160,11 @@ def sinklora(
     share = isinstance(rho, (int, float)) and not isinstance(rho, bool) and 0 <= rho <= 1
     require(share, "rho", repr(rho), "a number in [0, 1]")
     return _shifted_half(heads, group, math.floor(rho * (heads // 2) + 0.5), sinks, border, length)
+
+
+def _sinklora_example() -> Pattern:
+    return sinklora(4, 6, sinks=2, length=24)
+
+
+def _longlora_example() -> Pattern:
+    return longlora(4, 6, border="wrapped", length=24)
