@@ -56,7 +56,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/regard compare --model smollm2 --context 2048 --budget 512 \
 	  --plans full,streaming,snapkv,h2o,keydiff,duoattention --tasks needle,recall,perplexity \
-	  --samples 8 --mode aware --seed 0 --out out/demo --overwrite
+	  --samples 8 --mode aware --max-drop 0.2 --seed 0 --out out/demo --overwrite
 	@echo "report: $(CURDIR)/out/demo/report.html"
 
 test: $(VENV)/.installed-dev

@@ -108,9 +108,8 @@ def attention(
         )
     if others:
         _check(module, others)
-    recipe = attention_mask
-    if not isinstance(recipe, MaskRecipe):
-        recipe = _unmasked(module, attention_mask, others)
+    drawn = attention_mask
+    recipe = drawn if isinstance(drawn, MaskRecipe) else _unmasked(module, drawn, others)
     logits = Logits(recipe, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     layer, given = (None, None) if now.store is None else _source(now.store, key)
     now.reached += 1

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from regard.inference.call import AttentionCall
 
-ELEMENTS = 1 << 24
-"""Largest number of weights held at once while column sums are taken."""
+ELEMENTS = 1 << 20
+"""Number of weights held at once while column sums are taken: what a core's cache holds."""
 
 
 def last_queries(held: tuple[Tensor, Tensor] | None, call: AttentionCall, window: int) -> tuple[Tensor, Tensor]:
@@ -64,10 +64,25 @@ def column_sums(call: AttentionCall) -> Tensor:
     batch, hq, n, _ = call.q.shape
     hkv, m = call.k.shape[1:3]
     total = torch.zeros(batch, hkv, m, dtype=torch.float32, device=call.q.device)
-    strip = max(1, ELEMENTS // (batch * hq * m))
-    causal = call.fresh and call.recipe.causal
+    plain = call.plainly_causal and call.softcap is None and call.sinks is None
+    strip = max(1, ELEMENTS // (batch * hq * m)) if call.q.device.type == "cpu" else max(1, 16 * ELEMENTS // (hq * m))
+    k = call.k.float().transpose(2, 3) if plain else None
     for start in range(0, n, strip):
         stop = min(start + strip, n)
-        keys = stop if causal else m
-        total[:, :, :keys] += weights(call, slice(start, stop), keys).sum((2, 3))
+        if k is not None:
+            total[:, :, :stop] += _causal_strip(call, k[..., :stop], start, stop)
+        else:
+            keys = stop if call.fresh and call.recipe.causal else m
+            total[:, :, :keys] += weights(call, slice(start, stop), keys).sum((2, 3))
     return total
+
+
+def _causal_strip(call: AttentionCall, k: Tensor, start: int, stop: int) -> Tensor:
+    """(B, Hkv, stop): the sums of some queries under plain causality, whose mask is one triangle. k (B, Hkv, D,
+    stop)."""
+    batch, heads = k.shape[:2]
+    q = call.q[:, :, start:stop].float() * call.scale
+    logits = torch.matmul(q.reshape(batch, heads, -1, q.shape[-1]), k).view(batch, heads, -1, stop - start, stop)
+    future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=k.device).triu(1)
+    logits[..., start:].masked_fill_(future, -torch.inf)
+    return logits.softmax(-1).sum((2, 3))

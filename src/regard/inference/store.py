@@ -237,7 +237,7 @@ class KVStore(Cache):
             if isinstance(layer, KVLayer):
                 other.layers.append(layer.fork(other))
             elif isinstance(layer, LinearAttentionCacheLayerMixin):
-                twin = type(layer).__new__(type(layer))
+                twin = object.__new__(type(layer))
                 twin.__dict__.update({k: dict(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
                 copy_states(layer, twin)
                 other.layers.append(twin)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import UnknownNameError, UnsupportedError
-from regard.kernels import flex, sdpa
+from regard.kernels import block_sparse, flex, sdpa
 from regard.kernels.reference import attention as reference
 from regard.kernels.request import Request
 
@@ -27,7 +27,9 @@ class Executor(Protocol):
 
 
 # A new executor is one more entry here and a place in `preference`.
-EXECUTORS: MappingProxyType[str, Executor] = MappingProxyType({"reference": reference, "sdpa": sdpa, "flex": flex})
+EXECUTORS: MappingProxyType[str, Executor] = MappingProxyType(
+    {"reference": reference, "sdpa": sdpa, "flex": flex, "triton": block_sparse}
+)
 
 _EXPENSIVE = 1 << 24  # logits per head from which the reference on a GPU is announced
 _SMALL = 1 << 22  # logits per head up to which a drawn mask beats compiling a kernel for it
@@ -56,7 +58,9 @@ def preference(request: Request) -> tuple[tuple[str, ...], str]:
         return ("sdpa", "flex", "reference"), "no mask has to be drawn, so torch's fused attention leads"
     if logits <= _SMALL:
         return ("sdpa", "flex", "reference"), "so small a mask is cheaper to draw than a kernel is to compile"
-    return ("flex", "sdpa", "reference"), "flex skips the tiles that the pattern leaves empty"
+    if request.needs_grad:
+        return ("flex", "triton", "sdpa", "reference"), "tiles left empty are skipped, and flex's backward leads"
+    return ("triton", "flex", "sdpa", "reference"), "tiles left empty are skipped, and triton's forward leads"
 
 
 def choose(request: Request, backend: str) -> Explanation:

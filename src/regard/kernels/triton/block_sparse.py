@@ -1,4 +1,4 @@
-"""Block-sparse attention in Triton: FULL tiles without a mask, PARTIAL ones with a bit per entry, EMPTY ones never read.
+"""Block-sparse attention in Triton: FULL tiles have no mask, PARTIAL ones a bit per entry, EMPTY ones are not read.
 
 One kernel for every pattern. What a pattern says is data: for each query block the key blocks to visit, and for each
 PARTIAL tile BM·BN bits (`tile_lists`). Another pattern compiles nothing.
@@ -133,7 +133,7 @@ def _delta(
     Out, DOut, DLse, Lse, Delta, Base, sob, soh, son, sdb, sdh, sdn, n, heads,
     BM: tl.constexpr, DV: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ_d dout·out − dlse, and lse in base 2 with +inf for queries that saw nothing: their weights are then 0."""
+    """delta = Σ_d dout·out − dlse, and lse in base 2, +inf for queries that saw nothing: their weights are then 0."""
     bh = tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     i = tl.program_id(0) * BM + tl.arange(0, BM)
