@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from regard.attend import attend
+from regard.attend import AttendOptions, attend
 from regard.errors import require
 from regard.patterns.algebra import Pattern
 from regard.patterns.permutation import Tiling, best_tile, grid_of, permuted
@@ -50,15 +48,17 @@ def attend_tiled(
     tiling = tiling_of(pattern) if tiling is None else tiling
     for name, x in (("q", q), ("k", k)):
         require(x.shape[2] == tiling.tokens, name, f"{x.shape[2]} tokens", f"{tiling.tokens}, as the tiling has")
-    tiled = permuted(pattern, tiling)
     order, inverse = tiling.order(q.device), tiling.inverse(q.device)
     q, k, v = (x.index_select(2, order) for x in (q, k, v))
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "backend": backend, "validate": validate}
+    options: AttendOptions = {
+        "pattern": permuted(pattern, tiling),
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": sinks,
+        "backend": backend,
+        "validate": validate,
+    }
     if not return_lse:
-        return attend(q, k, v, pattern=tiled, **options).index_select(2, inverse)  # type: ignore[arg-type,union-attr]
-    out, lse = attend(q, k, v, pattern=tiled, return_lse=True, **options)  # type: ignore[misc,call-overload]
-    return _in_order(out, inverse), _in_order(lse, inverse)
-
-
-def _in_order(x: Tensor, inverse: Tensor) -> Tensor:
-    return x.index_select(2, inverse)
+        return attend(q, k, v, **options).index_select(2, inverse)
+    out, lse = attend(q, k, v, return_lse=True, **options)
+    return out.index_select(2, inverse), lse.index_select(2, inverse)

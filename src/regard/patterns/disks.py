@@ -58,7 +58,7 @@ def _sum(terms: list[Tensor]) -> Tensor:
     families=("static-pattern",),
     paper=CLEAR,
     cost="N·π·radius² entries of the image, 2·text·N of the text",
-    example=lambda: clear((4, 5), 2, text=3),
+    example=lambda: Disk((4, 5), 3, 0, 2),
     causal=False,
 )
 def clear(layout: int | tuple[int, ...], radius: int, *, text: int = 0) -> Pattern:

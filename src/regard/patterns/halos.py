@@ -20,7 +20,7 @@ HALONET = Paper(
     families=("static-pattern",),
     paper=HALONET,
     cost="N·∏(block + 2·halo) entries",
-    example=lambda: halonet((4, 6), 2, 1),
+    example=lambda: AxisProduct((4, 6), 0, 0, (Halo(4, 2, 1), Halo(6, 2, 1))),
     causal=False,
 )
 def halonet(

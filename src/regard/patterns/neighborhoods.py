@@ -56,7 +56,7 @@ def _neighborhood(
     families=("static-pattern",),
     paper=GNA,
     cost="N·∏window entries; in tiles, what its `cost(tile=...)` says",
-    example=lambda: neighborhood((4, 6), (3, 4), (1, 2), (1, 1), (False, True)),
+    example=lambda: _neighborhood((4, 6), (3, 4), (1, 2), 1, (False, True), 0, 0),
     causal=False,
 )
 @register(
@@ -65,7 +65,7 @@ def _neighborhood(
     families=("static-pattern",),
     paper=GNA,
     cost="N·∏window entries; in tiles, what its `cost(tile=...)` says",
-    example=lambda: neighborhood((4, 6), (4, 3), (2, 3)),
+    example=lambda: _neighborhood((4, 6), (4, 3), (2, 3), 1, False, 0, 0),
     causal=False,
 )
 def neighborhood(
@@ -103,7 +103,7 @@ def neighborhood(
     families=("static-pattern",),
     paper=FNA,
     cost="N·∏window entries; in tiles, what its `cost(tile=...)` says",
-    example=lambda: faster_neighborhood_attention((4, 6), 3, dilation=(1, 2)),
+    example=lambda: _neighborhood((4, 6), 3, 1, (1, 2), False, 0, 0),
     causal=False,
 )
 def faster_neighborhood_attention(
