@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.inference.tiny import ids, left_padded, llama
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 from regard.errors import ArgumentError, StoreError
 from regard.inference.ragged import PAGE
@@ -210,6 +211,27 @@ def test_a_failed_forward_leaves_the_store_as_it_was() -> None:
         hook.remove()
         assert store.columns == 20 and int(store.entries[0].max()) == 20
         assert torch.allclose(steps(attached, store, ids(1, 3, seed=2)), want, atol=1e-6)
+
+
+def test_a_layer_with_a_window_forgets_what_no_query_sees_again() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(**sizes, num_key_value_heads=2, vocab_size=64, sliding_window=20, initializer_range=0.1)
+    model = MistralForCausalLM(config).eval()
+    tokens, mask = left_padded([150, 131])
+    whole = torch.cat([tokens, ids(2, 90, seed=4)], 1)
+    real = torch.cat([mask, torch.ones(2, 90, dtype=torch.long)], 1)
+    want = model(whole, attention_mask=real).logits[:, 150:]
+    with attach(model, "full") as attached:
+        store = attached.new_store()
+        for part in (slice(0, 100), slice(100, 150)):
+            model(whole[:, part], attention_mask=real[:, : part.stop], past_key_values=store)
+        store.seal()
+        got = steps(attached, store, whole[:, 150:])
+        assert all(int(held.max()) < 20 + PAGE for held in store.entries)
+        assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+        with pytest.raises(StoreError, match="window"):
+            store.crop(-80)
 
 
 def test_payload_budgets_hold_for_the_whole_batch() -> None:

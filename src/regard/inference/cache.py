@@ -11,11 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from regard.errors import StoreError
-from regard.inference import observe
 from regard.inference.apply import evict, select
-from regard.inference.call import AttentionCall, MaskRecipe
+from regard.inference.call import AttentionCall
+from regard.inference.observed import Logits, Observed
 from regard.inference.policy import CachePolicy, LayerView, Needs
-from regard.inference.ragged import RaggedKV
+from regard.inference.ragged import PAGE, RaggedKV
 from regard.kernels.ragged import LaneGroup, ragged_attend
 
 if TYPE_CHECKING:
@@ -30,16 +30,6 @@ class Given:
     v: Tensor
     fresh: bool
     stand_in: bool
-
-
-@dataclass(frozen=True)
-class Logits:
-    """How a layer turns products into logits; kept from its last call for policies that look again."""
-
-    recipe: MaskRecipe
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
 
 
 class KVLayer(CacheLayerMixin):
@@ -58,12 +48,10 @@ class KVLayer(CacheLayerMixin):
         self.store, self.number, self.direct = store, number, direct
         self.sliding_window = sliding_window  # what transformers' own cache would keep of such a layer
         self.storage: RaggedKV | None = None
-        self.window: tuple[Tensor, Tensor] | None = None  # last queries (B, Hq, W, D) and their columns (B, W)
-        self.window_weights: Tensor | None = None  # (B, 1, Hq, W, positions), latent layers only
-        self.sums: Tensor | None = None  # (B, Hkv, positions) float32
-        self.logits: Logits | None = None
+        self.observed = Observed()
         self.limits: Tensor | None = None  # (B, H) on the CPU: entries a lane may hold while decoding
         self.pruned = False
+        self.horizon = 0  # smallest position that may still be held where a window has passed on
 
     # ---- what transformers calls
 
@@ -117,20 +105,39 @@ class KVLayer(CacheLayerMixin):
         return not self.pruned
 
     def reset(self) -> None:
-        self.storage = self.window = self.window_weights = self.sums = self.logits = self.limits = None
+        self.storage = self.limits = None
+        self.observed = Observed()
         self.is_initialized = self.pruned = False
+        self.horizon = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         raise StoreError("crop the store, not one of its layers")
 
+    def forget_unreachable(self) -> None:
+        """Drop what the layer's own window has passed: no later query sees it. Done by the page, at the end of a
+        forward."""
+        window = self.sliding_window
+        if window is None or self.storage is None or self.storage.longest < window + PAGE:
+            return
+        oldest = (self.store.counts - window + 1).to(self.storage.device)  # what the next query still sees
+        positions = self.storage.padded(sort=True)[2]
+        stays = positions >= oldest.clamp_min(0)[:, None, None]
+        counts = stays.sum(-1)
+        index = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(counts.max())]
+        self.storage.keep(index, counts)
+        self.horizon = max(self.horizon, int(oldest.max()))
+
     def crop_to(self, left: Tensor, columns: int) -> None:
-        """Forget entries whose position is at least left[b], and what was observed from that column on."""
+        """Forget entries whose position is at least left[b], and what was observed from that column on.
+
+        Raises StoreError where a window has passed what would be seen again."""
+        if self.sliding_window is not None and bool((left - self.sliding_window + 1 < self.horizon).any()):
+            raise StoreError(
+                f"cannot go back to {left.tolist()} tokens: the window of {self.sliding_window} has passed on"
+            )
         if self.storage is not None:
             self.storage.crop(left)
-        if self.window is not None:
-            self.window = (self.window[0], self.window[1].masked_fill(self.window[1] >= columns, -1))
-        if self.sums is not None:
-            raise StoreError("cannot remove tokens whose attention has been added to column sums (h2o)")
+        self.observed.crop(columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -150,13 +157,7 @@ class KVLayer(CacheLayerMixin):
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
         self.storage.select_rows(rows)
-        at = rows.to(self.storage.device)
-        if self.window is not None:
-            self.window = (self.window[0][at], self.window[1][at])
-        if self.sums is not None:
-            self.sums = self.sums[at]
-        if self.window_weights is not None:
-            self.window_weights = self.window_weights[at]
+        self.observed.select_rows(rows.to(self.storage.device))
         if self.limits is not None:
             self.limits = self.limits[rows.cpu()]
 
@@ -165,7 +166,7 @@ class KVLayer(CacheLayerMixin):
     def decode(self, q: Tensor, logits: Logits) -> Tensor:
         """One new token per row against the storage itself: (B, Hq, 1, Dv). No gathering, no copy."""
         assert self.storage is not None
-        self.logits = logits
+        self.observed.logits = logits
         causal = logits.recipe.causal
         held = self.storage.side_by_side() if causal and logits.softcap is None and logits.sinks is None else None
         if held is not None:  # the common case: every head sees all it holds
@@ -184,11 +185,12 @@ class KVLayer(CacheLayerMixin):
 
     def _visible_in_group(self, group: LaneGroup) -> Tensor:
         """(G, 1, C) bool: the layer's own mask (a window, a chunk) at the true columns of the stored keys."""
-        assert self.logits is not None
+        logits = self.observed.logits
+        assert logits is not None
         now = self.store.forward
         columns = self.store.column(group.rows[:, None], group.positions.long())
         zero = torch.zeros((), dtype=torch.long, device=columns.device)
-        return self.logits.recipe(group.rows[:, None], zero, now.q_columns[-1], columns).expand_as(columns)[:, None]
+        return logits.recipe(group.rows[:, None], zero, now.q_columns[-1], columns).expand_as(columns)[:, None]
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """k, v, columns, real of everything stored, lanes side by side and sorted by position."""
@@ -206,56 +208,7 @@ class KVLayer(CacheLayerMixin):
     def watch(self, call: AttentionCall, needs: Needs) -> None:
         """Observe a forward of the prompt for the policy."""
         assert self.storage is not None
-        self.logits = Logits(call.recipe, call.scale, call.softcap, call.sinks)
-        latent = call.k.shape[1] != self.storage.heads or not self.direct
-        if needs.last_queries or needs.last_row:
-            self.window = observe.last_queries(self.window, call, max(needs.last_queries, 1))
-            if latent:
-                self.window_weights = self._latent_weights(call)
-        if needs.column_sums:
-            total = observe.column_sums(call)
-            if total.shape[1] != self.storage.heads:
-                total = total.unflatten(1, (self.storage.heads, -1)).sum(2)
-            self._add_sums(total, call)
-
-    def _latent_weights(self, call: AttentionCall) -> Tensor:
-        """(B, 1, Hq, W, P): the window's weights over the expanded keys, laid out by position."""
-        assert self.window is not None
-        batch = call.q.shape[0]
-        rows = []
-        for b in range(batch):
-            columns = self.window[1][b]
-            one = replace(
-                call,
-                q=self.window[0][b : b + 1].to(call.k.dtype),
-                k=call.k[b : b + 1],
-                v=call.v[b : b + 1],
-                q_columns=columns.clamp_min(0),
-                q_real=(columns >= 0)[None],
-                recipe=_row(call.recipe, b),
-                k_columns=call.k_columns if call.k_columns.ndim == 1 else call.k_columns[b : b + 1],
-                k_real=None if call.k_real is None else call.k_real[b : b + 1],
-                position_of=None if call.position_of is None else call.position_of[b : b + 1],
-                fresh=False,
-            )
-            found = observe.weights(one, slice(None)).flatten(1, 2)  # (1, Hq, W, M)
-            positions = one.k_positions.reshape(1, 1, 1, -1).expand_as(found).clamp_min(0)
-            if one.k_real is not None:
-                found = found * one.k_real.reshape(1, 1, 1, -1)
-            out = found.new_zeros(1, *found.shape[1:3], self.store.columns_now)
-            rows.append(out.scatter_add_(3, positions, found))
-        return torch.stack(rows)
-
-    def _add_sums(self, total: Tensor, call: AttentionCall) -> None:
-        positions = call.k_positions
-        while positions.ndim < 3:
-            positions = positions.unsqueeze(-2) if positions.ndim == 2 else positions[None]
-        if call.k_real is not None:
-            total = total * (call.k_real if call.k_real.ndim == 3 else call.k_real[:, None])
-        out = total.new_zeros(*total.shape[:2], self.store.columns_now)
-        if self.sums is not None:
-            out[:, :, : self.sums.shape[2]] = self.sums
-        self.sums = out.scatter_add_(2, positions.clamp_min(0).expand_as(total), total)
+        self.observed.prompt(call, needs, self.store, self.storage.heads, latent=not self.direct)
 
     def view(self, sort: bool = True, last_row: bool = False) -> LayerView:
         """The layer as its policy sees it."""
@@ -270,28 +223,7 @@ class KVLayer(CacheLayerMixin):
             lengths=self.storage.lengths.to(k.device),
             prompt=self.store.prompt.to(k.device),
         )
-        at = positions.clamp_min(0)
-        if self.sums is not None:
-            missing = max(0, self.store.columns_now - self.sums.shape[2])
-            view.column_sums = torch.nn.functional.pad(self.sums, (0, missing)).gather(2, at)
-        if self.window is not None and self.logits is not None:
-            view.last_queries, columns = self.window
-            view.query_positions = self.store.position(
-                torch.arange(len(columns), device=columns.device)[:, None], columns
-            )
-            view.scale, view.softcap, view.sinks = self.logits.scale, self.logits.softcap, self.logits.sinks
-            if self.window_weights is not None:
-                wide = at[:, :, None, None].expand(-1, -1, *self.window_weights.shape[2:4], -1)
-                view.window_weights = self.window_weights.gather(4, wide) * view.exists[:, :, None, None]
-            elif not self.logits.recipe.causal:
-                rows = torch.arange(len(columns), device=columns.device).view(-1, 1, 1, 1)
-                zero = torch.zeros((), dtype=torch.long, device=columns.device)
-                stored = self.store.column(rows[..., 0], at)[:, :, None]
-                view.visible = self.logits.recipe(rows, zero, columns.clamp_min(0)[:, None, :, None], stored)
-            else:
-                view.visible = positions[:, :, None] <= view.query_positions[:, None, :, None]
-            if last_row:
-                view.last_row = view.weights(1).mean((2, 3))
+        self.observed.show(view, self.store, last_row)
         return view
 
     def seal(self, policy: CachePolicy) -> None:
@@ -306,7 +238,7 @@ class KVLayer(CacheLayerMixin):
         if policy.acts == "step":
             self.limits = policy.limits(view).cpu()
         else:
-            self.window = self.window_weights = self.sums = None
+            self.observed = Observed()
 
     def step(self, policy: CachePolicy, q: Tensor, call: AttentionCall | None) -> None:
         """A token was decoded: a policy that acts on steps drops as much as came in."""
@@ -314,27 +246,17 @@ class KVLayer(CacheLayerMixin):
             return
         over = self.storage.lengths > self.limits
         needs = policy.needs_at(self.number)
-        if needs != Needs():
-            columns = self.store.forward.q_columns[-1:].expand(q.shape[0], 1)
-            self.window = (q[:, :, -1:].detach(), columns)
-            if not self.direct and call is not None:
-                self.window_weights = self._latent_weights(call)
+        if needs.any:
+            self.observed.token(q, call, self.store)
         elif not bool(over.any()):
             return
         view = self.view(sort=False, last_row=needs.last_row)
         if needs.column_sums:
-            added = view.weights(1).sum((2, 3))
-            self._grow_sums(added, view)
-            view.column_sums = view.column_sums + added if view.column_sums is not None else added
+            self.observed.add_token(view, self.store)
         if bool(over.any()):
             slot = evict(policy, view, self.limits.to(view.k.device))
             self.storage.drop(slot, over)
             self.pruned = True
-
-    def _grow_sums(self, added: Tensor, view: LayerView) -> None:
-        assert self.sums is not None
-        out = torch.nn.functional.pad(self.sums, (0, max(0, self.store.columns_now - self.sums.shape[2])))
-        self.sums = out.scatter_add_(2, view.positions.clamp_min(0), added * view.exists)
 
     def fork(self, store: KVStore) -> KVLayer:
         """A copy that shares memory until one of the two is written to."""
@@ -342,6 +264,7 @@ class KVLayer(CacheLayerMixin):
         other.__dict__.update(self.__dict__)
         other.store = store
         other.storage = None if self.storage is None else self.storage.fork()
+        other.observed = replace(self.observed)
         return other
 
 
@@ -367,8 +290,11 @@ class HybridKVLayer(LinearAttentionLayer, KVLayer):  # type: ignore[misc]
         KVLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        KVLayer.reorder_cache(self, beam_idx)
+        self.select_rows(beam_idx)
+
+    def select_rows(self, rows: Tensor) -> None:
+        KVLayer.select_rows(self, rows)
+        LinearAttentionLayer.reorder_cache(self, rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -390,12 +316,3 @@ def copy_states(source: LinearAttentionLayer, target: LinearAttentionLayer) -> N
         elif states is not None:
             states = states.clone()
         setattr(target, name, states)
-
-
-def _row(recipe: MaskRecipe, b: int) -> MaskRecipe:
-    """The recipe as seen by one row alone: its function keeps being asked about row b of the batch."""
-
-    def mask_function(_: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return recipe(torch.full((), b, dtype=torch.long, device=j.device), h, i, j)
-
-    return replace(recipe, mask_function=mask_function, by_element=False)

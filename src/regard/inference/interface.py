@@ -20,8 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from regard.errors import AttachError, UnsupportedError
-from regard.inference.cache import Given, KVLayer, Logits
+from regard.inference.cache import Given, KVLayer
 from regard.inference.call import AttentionCall, MaskRecipe
+from regard.inference.observed import Logits
 from regard.inference.run import run_call
 
 if TYPE_CHECKING:

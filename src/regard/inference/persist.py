@@ -33,9 +33,9 @@ def save(store: KVStore, model: str, path: str | Path) -> None:
         assert layer.storage is not None
         for name, value in layer.storage.state().items():
             tensors[f"layer.{number}.{name}"] = value
-        for name in ("sums", "limits"):
-            if getattr(layer, name) is not None:
-                tensors[f"layer.{number}.{name}"] = getattr(layer, name)
+        for name, value in (("sums", layer.observed.sums), ("limits", layer.limits)):
+            if value is not None:
+                tensors[f"layer.{number}.{name}"] = value
     for index, layer in enumerate(store.layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for name in STATES:
@@ -90,7 +90,7 @@ def _restore(layer: KVLayer, own: dict[str, Tensor], device: torch.device) -> No
     )
     layer.dtype, layer.device = layer.storage.dtype, layer.storage.device
     layer.is_initialized = True
-    layer.sums = None if sums is None else sums.to(device)
+    layer.observed.sums = None if sums is None else sums.to(device)
     layer.limits = limits
 
 

@@ -8,6 +8,7 @@ policies see. Without padding they are the same.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,7 @@ class KVStore(Cache):
     def __init__(self, attached: Attached) -> None:
         self.attached, self.plan = attached, attached.plan
         super().__init__(layers=attached.make_layers(self))
+        self.observed: Callable[[int], Needs] = attached.needs
         self._clear()
 
     def _clear(self) -> None:
@@ -72,6 +74,11 @@ class KVStore(Cache):
     def kv_layers(self) -> list[KVLayer]:
         """The layers that cache keys and values, in the model's order."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
+    @property
+    def windowed(self) -> list[KVLayer]:
+        """Those of them that see a window or a chunk only."""
+        return [layer for layer in self.kv_layers if layer.sliding_window is not None]
 
     @property
     def caching_layers(self) -> int:
@@ -149,6 +156,8 @@ class KVStore(Cache):
         self.columns += now.n
         if not self.sealed:
             self.prompt = self.counts
+        for layer in self.windowed:
+            layer.forget_unreachable()
 
     def _undo(self, now: Forward) -> None:
         self.counts = self._counts_before
@@ -166,7 +175,7 @@ class KVStore(Cache):
 
     def needs(self, layer: int) -> Needs:
         """What must be observed of the prompt in a layer: for the plan, and for plans that may fork from here."""
-        return self.attached.needs(layer)
+        return self.observed(layer)
 
     def stand_in(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A tensor of that shape, all NaN and without memory: a new one each time, so that it can be told by
@@ -232,6 +241,7 @@ class KVStore(Cache):
         other = KVStore.__new__(KVStore)
         other.__dict__.update(self.__dict__)
         other.plan, other._now = plan, None
+        other.observed = plan.cache.needs_at  # a fork has chosen: nothing is observed for other plans any more
         other.layers = []
         for layer in self.layers:
             if isinstance(layer, KVLayer):
@@ -282,8 +292,6 @@ class KVStore(Cache):
 
     def _select_rows(self, rows: Tensor) -> None:
         rows = rows.cpu()
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero()[:, 0]
         if self.columns:
             self.counts, self.prompt = self.counts[rows], self.prompt[rows]
             self.real = None if self.real is None else self.real[rows]
@@ -296,15 +304,12 @@ class KVStore(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows stay."""
-        for layer in self.layers:
-            layer.batch_select_indices(indices)
-        self._select_rows(indices)
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in succession."""
-        for layer in self.layers:
-            layer.batch_repeat_interleave(repeats)
-        self._select_rows(torch.arange(len(self.counts)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self.counts)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns: −n removes n. Refused where dropped entries would be needed back."""
