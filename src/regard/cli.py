@@ -164,6 +164,38 @@ def compare(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command("heads")
+def heads(
+    model: Annotated[str, typer.Option(help="An alias, a local folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Where the head table goes: a .json file.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to cut prompts from; Python's own sources if not given.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 1024,
+    plantings: Annotated[int, typer.Option(help="Prompts.")] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Score every KV head by how it copies, for plans that tell heads apart: duoattention(table=OUT)."""
+    from rich.progress import Progress
+
+    from regard.heads.copy_score import read_haystack, score_model
+
+    if out.suffix != ".json" or not out.parent.is_dir():
+        raise ArgumentError("--out", out, "a .json file in a folder that exists")
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("prompts", total=plantings)
+        table = score_model(
+            model,
+            read_haystack(text),
+            length=length,
+            plantings=plantings,
+            seed=seed,
+            progress=lambda done, _: progress.update(task, completed=done),
+        )
+    table.save(out)
+    typer.echo(f"{out}: {table.shape[0]} layers × {table.shape[1]} KV heads")
+
+
 @evidence_app.command("list")
 def evidence_list() -> None:
     """The claims."""

@@ -60,3 +60,13 @@ def test_the_table_serves_the_model(model: LlamaForCausalLM) -> None:
 def test_a_short_haystack_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(ArgumentError, match="haystack"):
         copy_scores(model, torch.randint(0, 64, (30,)), length=48, passage=4)
+
+
+def test_the_packaged_table_fits_its_model() -> None:
+    """30 layers of 3 KV heads, a few of which stand out: that is what makes a table worth having."""
+    from regard.inference.head_table import HeadTable
+
+    table = HeadTable.load("smollm2")
+    scores = torch.tensor(table.scores)
+    assert table.shape == (30, 3) and table.model == "smollm2" and "copy_scores" in table.made_by
+    assert 3 <= int((scores > 0.1).sum()) <= 30

@@ -12,16 +12,46 @@ The idea is that of induction heads (Olsson et al. 2022, arXiv 2209.11895) and r
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from regard.errors import require
+from regard.errors import ArgumentError, require
 from regard.inference import observe
 from regard.inference.call import AttentionCall
 from regard.inference.head_table import HeadTable
 from regard.inference.seam import attach
+
+
+def read_haystack(path: Path | None) -> str:
+    """A text to cut prompts from: the file, or a module of Python's standard library. ArgumentError when unreadable."""
+    source = Path(argparse.__file__) if path is None else path
+    try:
+        return source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError("text", source, f"a readable UTF-8 text file ({error})") from error
+
+
+def score_model(
+    name: str,
+    haystack: str,
+    *,
+    length: int,
+    plantings: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeadTable:
+    """`copy_scores` of a model by alias, folder or hub id, on a text. The tables that ship were made by this."""
+    from regard.models.pretrained import load
+
+    loaded = load(name)
+    tokens = loaded.tokenizer(haystack, return_tensors="pt").input_ids[0]
+    return copy_scores(
+        loaded.model, tokens, length=length, plantings=plantings, seed=seed, name=name, progress=progress
+    )
 
 
 @torch.no_grad()
