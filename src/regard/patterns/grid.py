@@ -75,6 +75,10 @@ class OnGrid(Pattern):
     def _order(self) -> Order:
         return Order(self.layout, self.layout, self.before)
 
+    def places(self, i: Tensor) -> Coordinates:
+        """The coordinates of positions; of those beside the grid, some on its border."""
+        return self._order.coordinates((i - self.before).clamp(0, self.tokens - 1))
+
     def rule(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         slot_i, slot_j = (x - self.before for x in (i, j)) if self.before else (i, j)
         if not (self.before or self.after):

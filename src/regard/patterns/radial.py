@@ -134,7 +134,7 @@ def radial_blocks(
     for blocks that hold others besides). Computed from block borders alone. Raises ArgumentError.
 
     >>> radial_blocks(4, 128).dense(512)[0, 0, 0, ::128].int().tolist()
-    [1, 1, 1, 1]
+    [1, 1, 1, 0]
     """
     for name, value, least in (("frames", frames, 1), ("tokens", tokens, 1), ("text", text, 0), ("block", block, 1)):
         at_least(name, value, least)
