@@ -72,7 +72,7 @@ class BlockLayout(Pattern):
     kind="pattern",
     families=("static-pattern", "system"),
     paper=PAPER,
-    cost="N² · share of blocks entries; memory traffic: see flash_traffic",
+    cost="N² · share of blocks entries; memory traffic: see regard.kernels.traffic",
     example=lambda: BlockLayout(butterfly_layout(8), (4, 4)),
     causal=False,
 )
@@ -82,8 +82,8 @@ def flashattention(layout: Tensor, block: int | tuple[int, int] = 128) -> Patter
     layout: bool (query blocks, key blocks). block: tokens in a block, or the pair for queries and keys. Executors by
     tiles skip every block that is off; with an element rule on top (`& causal()`) a block that it cuts is masked
     inside. The exact attention under it is `attend`, which never writes the N × N map; the algorithm itself stands in
-    `regard.kernels.reference.tiled`, with a count of its memory traffic. Raises ArgumentError for another dtype or
-    shape, a block below 1, or positions beyond the layout.
+    `regard.kernels.reference.tiled`, the count of its memory traffic in `regard.kernels.traffic`. Raises ArgumentError
+    for another dtype or shape, a block below 1, or positions beyond the layout.
 
     >>> flashattention(torch.tensor([[True, False], [True, True]]), block=1).dense(2).int()[0, 0].tolist()
     [[1, 0], [1, 1]]
