@@ -40,9 +40,9 @@ class HaloAttention(Layer):
     A query at (y, x) and a key dy, dx from it have the logit q·k + q·(row[dy] + col[dx]), q scaled by 1/√D before both.
     row and col are learned, (2·block + 2·halo − 1, D) each, and shared by the heads (ours).
 
-    layout: (height, width), to be given; x (B, height·width, C), row-major. block, halo: as in the pattern `halonet` (the paper: 8
-    and 3). A map that is no multiple of the block is filled up at bottom and right; what is filled up is never a query.
-    stride: only every stride-th row and column asks, in place of a strided layer: out is
+    layout: (height, width), to be given; x (B, height·width, C), row-major. block, halo: as in the pattern `halonet`
+    (the paper: 8 and 3). A map that is no multiple of the block is filled up at bottom and right; what is filled up is
+    never a query. stride: only every stride-th row and column asks, in place of a strided layer: out is
     (B, ⌈height/stride⌉·⌈width/stride⌉, C); a divisor of the block. relative: False leaves q·(row + col) out.
     border: "mask" = places outside the map are not seen; "zero" = they have k = v = 0, and still take their share.
     head_dim: D, None = dim / heads (the paper: 16).

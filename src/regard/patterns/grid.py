@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ class OnGrid(Pattern):
         self._check_length("m", grid.m)
         return p, grid
 
-    @cached_property
+    @property
     def _order(self) -> Order:
         return Order(self.layout, self.layout, self.before)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,7 +32,15 @@ class WholeImages(PerToken):
     So each i sees 0..end(i): itself in text, the end of its image in an image; and `end` never falls.
     """
 
+    end: Tensor = field(init=False, compare=False, repr=False)
+
     exact = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = torch.ones_like(self.ids, dtype=torch.bool)
+        last[..., :-1] = (self.ids[..., 1:] != self.ids[..., :-1]) | (self.ids[..., :-1] < 0)
+        object.__setattr__(self, "end", next_at(last))
 
     @property
     def _argument(self) -> str:
@@ -54,18 +61,11 @@ class WholeImages(PerToken):
                 )
         return ids.long()
 
-    @cached_property
-    def _end(self) -> Tensor:
-        ids = self.ids
-        last = torch.ones_like(ids, dtype=torch.bool)
-        last[..., :-1] = (ids[..., 1:] != ids[..., :-1]) | (ids[..., :-1] < 0)
-        return next_at(last)
-
     def rule(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= self._at(self._end, b, i)) & self._within(i, j)
+        return (j <= self._at(self.end, b, i)) & self._within(i, j)
 
     def tiles(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Tensor:
-        return answer(j0 <= self._at(self._end, b, i1), j1 <= self._at(self._end, b, i0))
+        return answer(j0 <= self._at(self.end, b, i1), j1 <= self._at(self.end, b, i0))
 
 
 @register(

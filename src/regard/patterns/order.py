@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -64,17 +63,17 @@ class Order:
     tile: tuple[int, ...]
     start: int = 0
 
-    @cached_property
+    @property
     def counts(self) -> tuple[int, ...]:
         """Tiles along each axis."""
         return tuple(-(-size // t) for size, t in zip(self.layout, self.tile, strict=True))
 
-    @cached_property
+    @property
     def slots(self) -> int:
         """Slots of all tiles, empty ones included."""
         return prod(self.counts) * prod(self.tile)
 
-    @cached_property
+    @property
     def _digits(self) -> list[tuple[int, int]]:
         """A slot is a number of digits: which tile, on each axis, then which place in it. (size, unit) of each."""
         sizes = [*self.counts, *self.tile]

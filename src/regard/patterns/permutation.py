@@ -10,6 +10,7 @@ import operator
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from torch import Tensor
 from regard.errors import ArgumentError, require
 from regard.patterns.algebra import And, Not, Or, Pattern, at_least
 from regard.patterns.by_head import PerHead, _among
+from regard.patterns.cost import Cost
 from regard.patterns.grid import AxisProduct, OnGrid
 from regard.patterns.order import Order, Region, check_layout
 from regard.patterns.simulator import LARGEST, simulate
 from regard.patterns.tiles import EMPTY, PARTIAL
+
+COUNTED = {"batch", "heads", "head_dim"}  # what a cost that is counted by axes depends on
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Tiling:
         at_least("before", self.before, 0)
         at_least("after", self.after, 0)
 
-    @cached_property
+    @property
     def grid_order(self) -> Order:
         """Slots of the tiles."""
         return Order(self.layout, self.tile)
@@ -133,6 +137,15 @@ class Permuted(Pattern):
         """n counts tokens, as for the pattern itself."""
         require(n == self.tiling.tokens, "n", n, f"{self.tiling.tokens}, as the tiling has")
         return self._rebuilt(lambda p: p.bind(n))
+
+    def cost(self, n: int, m: int | None = None, *, block: int | tuple[int, int] = 128, **asked: Any) -> Cost:
+        """As `Pattern.cost`; a product of axes is counted by axes where a block is a tile and no slot is empty."""
+        p, tiling = self.pattern, self.tiling
+        whole = n == prod(tiling.layout) == self.extent and m in (None, n)
+        if isinstance(p, AxisProduct) and whole and block in (tiling.block, (tiling.block, tiling.block)):
+            if set(asked) <= COUNTED:
+                return p.cost(n, tile=tiling.tile, **asked)
+        return super().cost(n, m, block=block, **asked)
 
     def rule(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         (q, q_real), (k, k_real) = self.tiling.token(i), self.tiling.token(j)
