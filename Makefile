@@ -55,7 +55,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/regard compare --model smollm2 --context 2048 --budget 512 \
-	  --plans full,streaming,snapkv,h2o,keydiff,duoattention --tasks needle,recall,perplexity \
+	  --plans full,streaming,snapkv,keydiff,knorm,duoattention --tasks 'needle,recall,perplexity(tokens=8)' \
 	  --samples 8 --mode aware --max-drop 0.2 --seed 0 --out out/demo --overwrite
 	@echo "report: $(CURDIR)/out/demo/report.html"
 

@@ -44,7 +44,9 @@ def test_bfloat16_errs_as_eager_does(name: str) -> None:
     assert ours <= 1.5 * (eager(tokens).logits.float() - want).norm()
 
 
-@pytest.mark.parametrize("plan", ("snapkv(budget=16,window=4)", "streaming(budget=16)", "h2o(budget=16)", "tova(budget=16)"))
+@pytest.mark.parametrize(
+    "plan", ("snapkv(budget=16,window=4)", "streaming(budget=16)", "h2o(budget=16)", "tova(budget=16)")
+)
 @torch.no_grad()
 def test_plans_choose_on_cuda_what_they_choose_on_the_cpu(plan: str) -> None:
     model = zoo.build("llama")

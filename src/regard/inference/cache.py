@@ -254,7 +254,9 @@ class KVLayer(CacheLayerMixin):
         if needs.column_sums:
             self.observed.add_token(view, self.store)
         if bool(over.any()):
-            slot = evict(policy, view, self.limits.to(view.k.device))
+            slot = policy.victim(view, int(self.limits.min()))
+            if slot is None:
+                slot = evict(policy, view, self.limits.to(view.k.device))
             self.storage.drop(slot, over)
             self.pruned = True
 

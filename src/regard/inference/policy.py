@@ -146,6 +146,12 @@ class CachePolicy:
         Where there are more MUST than the lane may keep, the most recent of them stay."""
         raise NotImplementedError
 
+    def victim(self, view: LayerView, least: int) -> Tensor | None:
+        """(B, H) long: the slot whose importance is lowest, where a policy knows it without scoring all; else None.
+
+        least: the smallest number of entries that any lane is allowed. The view is as `apply.evict` gets it."""
+        return None
+
     def counts(self, view: LayerView) -> Tensor:
         """(B, H) long: how many entries each lane keeps when sealed. The budget, unless a policy shares it out."""
         return torch.minimum(self.wanted(view), view.lengths)
