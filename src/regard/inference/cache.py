@@ -67,7 +67,7 @@ class KVLayer(CacheLayerMixin):
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
-        self.storage.append(key_states.detach(), value_states.detach(), now.positions, now.real)
+        self.storage.append(key_states, value_states, now.positions, now.real)
         if self.limits is not None and now.n > 1:  # appended whole, until sealed again
             self.limits = torch.maximum(self.limits, self.storage.lengths)
         if now.offset == 0:
