@@ -7,6 +7,8 @@ from itertools import product
 
 import pytest
 import torch
+from tests.inference.batches import Batch
+from tests.inference.struck_out import logits_under
 from tests.inference.tiny import ids, left_padded, llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -224,6 +226,28 @@ def test_the_window_covers_the_prompt_so_nothing_changes() -> None:
     wide = MoA((((0, 1.0),) * 2, ((64, 0),) * 2), block=4)
     with attach(model, Plan(cache=wide)):
         assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), want)
+
+
+def test_decoding_is_eager_attention_over_what_each_head_holds() -> None:
+    """After the prompt a query sees the first block and the window · block tokens before it, and itself."""
+    model, block, n, total = llama(), 4, 24, 36
+    rules = (((4, 0), (0, 0.5)), ((-4, 0.25), (16, 0.25)))
+    windows = [[1, 3], [1, 5]]  # (-4, 0.25): −1 + 1.5 blocks, raised to one
+    text = ids(1, total)
+    with torch.no_grad(), attach(model, Plan(cache=MoA(rules, block))) as attached:
+        store = attached.new_store()
+        got = [model(text[:, :n], past_key_values=store).logits]
+        got += [model(text[:, t : t + 1], past_key_values=store).logits for t in range(n, total)]
+
+    def allowed(layer: int) -> Tensor:
+        q, k = torch.arange(total)[:, None], torch.arange(total)
+        each = [(q < n) | (k < block) | (q - k <= window * block) for window in windows[layer]]
+        return torch.stack(each)[None]
+
+    with torch.no_grad():
+        want = logits_under(model, Batch(text), allowed)
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=0, atol=1e-5)
+    assert (want[:, -1] - model(text).logits[:, -1]).abs().max() > 1e-3, "something was dropped"
 
 
 def test_the_prompt_attends_under_the_same_rules() -> None:

@@ -38,9 +38,10 @@ class MoA(CachePolicy):
     being the row's real prompt tokens when it is sealed; while decoding it slides and no longer grows. Memory is freed
     head by head. `regard.heads.moa_plan.moa_plan` finds the rules for a model.
 
-    The window slides by tokens: it holds what the paper's block rule sees, and up to block − 1 older tokens (ours; the
-    rule inside it would hide these). Raises ArgumentError for rules that are not numbers, β < 0, and when they do not
-    fit the model.
+    The window slides by tokens: a query sees itself and span tokens before it, which is what the paper's block rule
+    sees and up to `block` older tokens (ours; the rule inside the window would hide these). The prompt attends densely
+    unless the plan has the prefill part of this name. Raises ArgumentError for rules that are not numbers, β < 0, and
+    when they do not fit the model.
     """
 
     rules: Rules | None = None
