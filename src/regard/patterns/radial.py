@@ -146,13 +146,15 @@ def radial_blocks(
     apart = torch.arange(frames, device=device)
     length, size = _bits(apart), tokens.bit_length()
     quotient = (1 << size) / (1 << length).double()
-    widths = (decay * quotient).clamp(min=block).floor().long()
-    widths[:2] = torch.tensor([tokens, width])[: len(widths)]
+    widths = (decay * quotient).clamp(min=block).floor().int()
+    widths[:2] = torch.tensor([tokens, width])[
+        : len(widths)
+    ]  # int32: the tables below have an entry per pair of blocks
     every = (block / quotient).long().clamp(min=1)
     every[:2] = 1
     within = torch.where(apart % every == 0, widths, -1)
     kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=device)
-    pieces = _pieces(torch.arange(of_video, device=device) * block, block, tokens, video)
+    pieces = _pieces(torch.arange(of_video, dtype=torch.int32, device=device) * block, block, tokens, video)
     for qf, q0, q1 in pieces:
         for kf, k0, k1 in pieces:
             reach = within[(qf[:, None] - kf).abs().clamp(max=frames - 1)]
