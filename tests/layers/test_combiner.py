@@ -67,17 +67,15 @@ def run(kind: str, q: Tensor, k: Tensor, v: Tensor, pooling: Pooling, real: Tens
 @pytest.mark.parametrize("pool", ["max", "mean", "sum"])
 @pytest.mark.parametrize("weigh", [False, True])
 def test_weights_are_those_of_the_card_and_cover_everything(kind: str, pool: Pool, weigh: bool) -> None:
-    for n in (1, 4, 7, 14, 17):
-        q, k = torch.randn(2, 2, 3, n, 5, dtype=torch.float64)
-        eye = torch.eye(n, dtype=torch.float64).expand(2, 3, n, n)
+    for n in (1, 4, 14):
+        q, k = torch.randn(2, 1, 2, n, 5, dtype=torch.float64)
+        eye = torch.eye(n, dtype=torch.float64).expand(1, 2, n, n)
         got = run(kind, q, k, eye, Pooling(pool, weigh_by_size=weigh))
-        want = torch.stack(
-            [torch.stack([by_hand(kind, q[b, h], k[b, h], pool, weigh) for h in range(3)]) for b in range(2)]
-        )
+        want = torch.stack([by_hand(kind, q[0, h], k[0, h], pool, weigh) for h in range(2)])[None]
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
         allowed = torch.ones(n, n, dtype=torch.bool) if kind == "bidirectional" else torch.ones(n, n).tril().bool()
         assert torch.equal(got > 0, allowed.expand_as(got)), "full support, and nothing beyond it"
-        torch.testing.assert_close(got.sum(-1), torch.ones(2, 3, n, dtype=torch.float64))
+        torch.testing.assert_close(got.sum(-1), torch.ones(1, 2, n, dtype=torch.float64))
 
 
 def test_worked_examples() -> None:

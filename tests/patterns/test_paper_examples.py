@@ -72,11 +72,13 @@ def test_power_attention_reaches_all_distances_of_few_binary_ones() -> None:
     for d, (contiguous, size) in enumerate(
         zip((2, 6, 14, 30, 62, 126, 254, 255), (9, 37, 93, 163, 219, 247, 255, 256), strict=True), 1
     ):
-        reached = receptive_field([p] * d, n)[n - 1].flip(0)  # by distance
+        reached = receptive_field([p] * d, n, query=n - 1).flip(0)  # by distance
         assert torch.equal(reached, ones <= d)
         assert int(reached.sum()) == size and bool(reached[: contiguous + 1].all())
         assert d == 8 or not reached[contiguous + 1]
-        window = receptive_field([sliding_window(9)] * d, n)[n - 1]  # as many keys in a row as the power pattern has
+        window = receptive_field(
+            [sliding_window(9)] * d, n, query=n - 1
+        )  # as many keys in a row as the power pattern has
         assert int(window.sum()) == min(n, 1 + 8 * d)
 
 
@@ -291,6 +293,7 @@ def test_bamm_sets() -> None:
 
 def test_butterfly_connects_all_blocks_in_as_many_layers_as_binary_digits() -> None:
     p = flashattention(butterfly_layout(8), block=2)
+    assert torch.equal(receptive_field([p] * 2, 16)[5], receptive_field([p] * 2, 16, query=5))
     assert not receptive_field([p] * 2, 16).all() and receptive_field([p] * 3, 16).all()
     mask = p.dense(16)[0, 0].view(8, 2, 8, 2)
     assert torch.equal(mask.any(3).any(1), butterfly_layout(8)) and torch.equal(mask.all(3).all(1), butterfly_layout(8))

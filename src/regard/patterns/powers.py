@@ -70,20 +70,24 @@ def power_attention(window: int = 8, sinks: int = 1, block: int = 64) -> Pattern
     return PowerBlocks(block, window, sinks)
 
 
-def receptive_field(layers: Sequence[Pattern], n: int) -> Tensor:
-    """bool (n, n): whether query i of the last layer can learn of token j, one edge per layer, the residual being one.
+def receptive_field(layers: Sequence[Pattern], n: int, query: int | None = None) -> Tensor:
+    """bool (n, n), or (n,) for one query: whether it can learn of token j, one edge per layer, the residual being one.
 
     layers: patterns from the first layer to the last; where heads differ, an edge of any head counts. Small n only: it
-    multiplies n × n matrices. Raises ArgumentError for no layer, for patterns that differ by row, or n > 4096.
+    looks at n × n entries. Raises ArgumentError for no layer, for patterns that differ by row, or n > 4096.
 
-    >>> receptive_field([power_attention(1, 0, block=1)] * 2, 8)[7].int().tolist()
+    >>> receptive_field([power_attention(1, 0, block=1)] * 2, 8, query=7).int().tolist()
     [0, 1, 1, 1, 1, 1, 1, 1]
     """
     require(len(layers) > 0, "layers", layers, "at least one pattern")
     require(isinstance(n, int) and 1 <= n <= LARGEST, "n", n, f"1 to {LARGEST}")
-    reached = torch.eye(n)
+    require(query is None or 0 <= query < n, "query", query, f"a position from 0 to {n - 1}")
+    edges: dict[int, Tensor] = {}
     for p in layers:
         require(p.rows is None, "layers", f"a pattern for {p.rows} batch rows", "patterns alike for all rows")
-        edges = (p.dense(n)[0].any(0) | torch.eye(n, dtype=torch.bool)).float()
-        reached = ((edges @ reached) > 0).float()
-    return reached > 0
+        if id(p) not in edges:
+            edges[id(p)] = (p.dense(n)[0].any(0) | torch.eye(n, dtype=torch.bool)).float()
+    field = torch.eye(n) if query is None else torch.eye(n)[query : query + 1]
+    for p in reversed(layers):  # from the query down
+        field = ((field @ edges[id(p)]) > 0).float()
+    return field[0] > 0 if query is not None else field > 0
