@@ -13,8 +13,8 @@ from regard.kernels.request import Keys, Request
 from regard.kernels.tiles import EMPTY, FULL, tile_kinds
 
 STRIP_ELEMENTS = 1 << 24  # logits (or mask entries) of one strip, over all rows and heads: 64 MiB in float32
-_KEY_BLOCK = 256
-_TALLEST = 512  # queries of a strip, where a pattern may leave most keys out: a taller strip sees more of them
+_KEY_BLOCK = 128
+_TALLEST = 256  # queries of a strip, where a pattern may leave most keys out: a taller strip sees more of them
 _WORTH_CROPPING = 2048  # keys below which looking for the visible range costs more than it saves
 
 StripFunction = Callable[[slice, Keys, bool], tuple[Tensor, Tensor]]
