@@ -1,4 +1,4 @@
-"""Patterns of papers on a GPU: the same block maps as on a CPU, and the kernels that skip tiles against the reference."""
+"""Patterns of papers on a GPU: block maps as on a CPU, and the kernels that skip tiles against the reference."""
 
 from __future__ import annotations
 
