@@ -183,10 +183,10 @@ def test_strips_see_only_the_keys_they_need(monkeypatch: pytest.MonkeyPatch) -> 
 
     q, k, v = qkv(batch=1, heads=1, kv_heads=1, n=4096, dtype=torch.float32)
     attend(q[:, :, -64:], k, v, pattern=P.causal() & P.sliding_window(100), score=watch)
-    assert len(shown) == 16 and all(n == 4 and m <= 512 for n, m in shown)
+    assert len(shown) == 16 and all(n == 4 and m <= 256 for n, m in shown)
     shown.clear()  # the sinks are far from the window, and what lies between is left out
     attend(q[:, :, -1:], k, v, pattern=P.causal() & (P.sliding_window(100) | P.attention_sink(4)), score=watch)
-    assert shown == [(1, 512)]
+    assert shown == [(1, 256)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

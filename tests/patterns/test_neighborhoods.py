@@ -242,6 +242,11 @@ def test_bad_input(argument: str, call) -> None:  # type: ignore[no-untyped-def]
         call()
 
 
+def test_it_prints_what_is_not_as_usual() -> None:
+    p = neighborhood((8, 6), (4, 3), (2, 1), before=2)
+    assert repr(p) == "Grid(Neighborhood(8, window=4, stride=2) × Neighborhood(6, window=3), before=2)"
+
+
 def test_cost_by_tiles_refuses_tokens_beside_the_grid() -> None:
     with pytest.raises(UnsupportedError, match="before and after"):
         neighborhood((4, 6), 3, before=2).cost(tile=(2, 2))

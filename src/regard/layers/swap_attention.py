@@ -30,7 +30,7 @@ PAPER = Paper(
 @mechanism(
     "videofactory-swap-attention",
     paper=PAPER,
-    families=("vision",),
+    families=("static-pattern", "vision"),
     cost="O(N·∏window·D) time with a layout, O(N·M·D) without; no cache",
     causal=True,
     bidirectional=True,

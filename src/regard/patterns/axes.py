@@ -5,7 +5,7 @@ An axis answers for closed ranges of query coordinates × key coordinates, exact
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,11 +14,16 @@ from regard.errors import require
 from regard.patterns.algebra import at_least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Axis:
     """`size` coordinates, 0..size−1. This one lets everybody see everybody."""
 
     size: int
+
+    def __repr__(self) -> str:
+        """Its size, and what is not as usual."""
+        said = (f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:] if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join([str(self.size), *said])})"
 
     def rule(self, q: Tensor, k: Tensor) -> Tensor:
         """bool: may coordinate q see coordinate k? Pointwise, as `Pattern.rule`."""
@@ -34,7 +39,7 @@ class Axis:
         return torch.full_like(q, self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Same(Axis):
     """Each coordinate sees itself."""
 
@@ -48,7 +53,7 @@ class Same(Axis):
         return torch.ones_like(q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stretches(Axis):
     """Each q sees the stretch first(q)..last(q). Both never fall with q, and neighbouring stretches leave no gap.
 
@@ -72,7 +77,7 @@ class Stretches(Axis):
         return self.last(q).clamp(max=self.size - 1) - self.first(q).clamp(min=0) + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Halo(Stretches):
     """The block of q, and `halo` coordinates on both sides of it; cut at the border."""
 
@@ -90,7 +95,7 @@ class Halo(Stretches):
         return q // self.block * self.block + (self.block - 1 + self.halo)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neighborhood(Stretches):
     """A window around q, or around the leader of its stride group; shifted inward at the border, so never cut.
 

@@ -103,11 +103,15 @@ class OnGrid(Pattern):
         return answer(some, every & some)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AxisProduct(OnGrid):
     """Allowed where every axis allows it."""
 
     axes: tuple[Axis, ...]
+
+    def __repr__(self) -> str:
+        beside = [f"{name}={getattr(self, name)}" for name in ("before", "after") if getattr(self, name)]
+        return f"Grid({', '.join([' × '.join(map(repr, self.axes)), *beside])})"
 
     def grid_rule(self, q: Coordinates, k: Coordinates) -> Tensor:
         out = self.axes[0].rule(q[0], k[0])
