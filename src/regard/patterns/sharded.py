@@ -68,9 +68,9 @@ def s2_attention(
 ) -> Pattern:
     """Head-wise shards: the last `local` blocks, and of the far past every `stride`-th block, another for each KV head.
 
-    With H KV heads, KV head g sees a far block kb where (kb + g · max(1, stride // H) + offset) mod stride = 0; the
-    query heads of a group share its keys. The last `dense` KV heads see the whole past. Where H ≥ stride all heads
-    together see everything; with fewer, some far blocks are seen by no sparse head.
+    With H KV heads (dense ones counted: ours), KV head g sees a far block kb where (kb + g · max(1, stride // H) +
+    offset) mod stride = 0; the query heads of a group share its keys. The last `dense` KV heads see the whole past.
+    Where H ≥ stride all heads together see everything; with fewer, some far blocks are seen by no sparse head.
 
     Columns are absolute, so a block outside a head's shard can be dropped for good when it leaves the local band
     (`drops_for_good`). The paper's dense first layers are layers with `causal()`. Defaults are ours, within its
