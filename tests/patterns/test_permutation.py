@@ -46,7 +46,7 @@ def test_tiles_are_contiguous() -> None:
     assert token[real].tolist() == [1, 2, 3, 4, 5, 6, 0] and real.tolist() == [True] * 6 + [False] * 2 + [True]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), tiling=tilings(), seed=st.integers(0, 10**6))
 def test_patterns_in_tile_order(data: st.DataObject, tiling: Tiling, seed: int) -> None:
     chosen = [data.draw(neighborhood_settings(size)) for size in tiling.layout]

@@ -54,12 +54,12 @@ def test_few_frames_are_dense() -> None:
 
 
 def test_density_of_a_band() -> None:
-    s, frames = 1024, 9
+    s, frames = 512, 9
     zero, places = torch.zeros((), dtype=torch.long), torch.arange(s)
     p = radial_attention(frames, s, sink=False)
     for apart, k in ((1, 0), (2, 1), (5, 2), (8, 3)):
         share = float(p.rule(zero, zero, places[:, None], apart * s + places).double().mean())
-        assert share == pytest.approx(2.0**-k * (2 - 2.0**-k), rel=0.01)
+        assert share == pytest.approx(2.0**-k * (2 - 2.0**-k), rel=0.02)
 
 
 def test_growth() -> None:
@@ -119,12 +119,12 @@ def blocks_by_hand(frames: int, s: int, text: int, block: int, decay: float, nex
     return kept
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     frames=st.integers(1, 7),
-    s=st.integers(1, 40),
+    s=st.integers(1, 28),
     text=st.integers(0, 9),
-    block=st.sampled_from([4, 8, 16]),
+    block=st.sampled_from([4, 8]),
     decay=st.sampled_from([1.0, 0.5, 0.3]),
     half=st.booleans(),
 )
