@@ -120,10 +120,13 @@ class Combiner(Layer):
             held = torch.arange(state.k.shape[2], device=x.device) < state.opened[:, None]
             q, k, v = (torch.cat(pair, 2) for pair in ((state.q, q), (state.k, k), (state.v, v)))
             real = torch.cat([held, real], 1)
-        order = (~real).long().argsort(dim=-1, stable=True)  # real tokens first, in their order
-        q, k, v = (_along(t, order) for t in (q, k, v))
-        out, state = self._mix(q, k, v, real.gather(1, order), is_causal, state)
-        out = _along(out, order.argsort(-1))[:, :, -x.shape[1] :]
+        if key_padding is None and state is None:
+            out, state = self._mix(q, k, v, real, is_causal, None)
+        else:
+            order = (~real).long().argsort(dim=-1, stable=True)  # real tokens first, in their order
+            q, k, v = (_along(t, order) for t in (q, k, v))
+            out, state = self._mix(q, k, v, real.gather(1, order), is_causal, state)
+            out = _along(out, order.argsort(-1))[:, :, -x.shape[1] :]
         out = self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
         return Output(without_padding(out, key_padding), state)
 
@@ -154,7 +157,7 @@ class Combiner(Layer):
     def _next(
         self, given: tuple[Tensor, Tensor, Tensor], real: Tensor, regions: Summaries, past: Summaries | None
     ) -> CombinerState:
-        """Segments that are whole become summaries; what is left of each row is its open segment."""
+        """Whole segments become summaries, what is left of each row is its open segment. Waits for the device."""
         whole = regions.size == self.segment_size
         keys, values, done = regions.k, regions.v, whole
         if past is not None:
