@@ -109,9 +109,12 @@ from regard.patterns import causal
 q, k, v = (torch.randn(2, heads, 9, 8) for heads in (4, 2, 2))
 out, lse = regard.attend(q, k, v, pattern=causal(), key_padding=torch.ones(2, 9, dtype=torch.bool), return_lse=True)
 assert (out.shape, lse.shape) == ((2, 4, 9, 8), (2, 4, 9))
+from regard.layers import Example
 for entry in regard.list("layer"):
-    layer = regard.create(entry.key, dim=16, heads=4)
-    assert layer(torch.randn(2, 9, 16)).out.shape == (2, 9, 16)
+    about = entry.example() if entry.example else Example()
+    layer = regard.create(entry.key, dim=about.dim, heads=about.heads, **about.settings)
+    shape = (2, about.lengths[1] if len(about.lengths) > 1 else about.lengths[0], about.dim)
+    assert layer(torch.randn(shape)).out.shape == shape
 try:
     regard.attend(q, k[:, :, :5], v)
 except jaxtyping.TypeCheckError:
