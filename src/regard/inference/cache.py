@@ -14,6 +14,7 @@ from regard.errors import StoreError
 from regard.inference.apply import evict, select
 from regard.inference.call import AttentionCall
 from regard.inference.observed import Logits, Observed
+from regard.inference.policies.full import Full
 from regard.inference.policy import CachePolicy, LayerView, Needs
 from regard.inference.ragged import PAGE, RaggedKV
 from regard.kernels.ragged import LaneGroup, ragged_attend
@@ -51,7 +52,10 @@ class KVLayer(CacheLayerMixin):
         self.observed = Observed()
         self.limits: Tensor | None = None  # (B, H) on the CPU: entries a lane may hold while decoding
         self.pruned = False
-        self.horizon = 0  # smallest position that may still be held where a window has passed on
+        self.horizon: Tensor | None = None  # (B,) on the CPU: smallest position that may still be held behind a window
+        self.watched = 0  # columns when the prompt was last observed for the policy
+        self._before: tuple[int, Observed] | None = None  # what was observed before the forward from that column on
+        self.record_past = False
 
     # ---- what transformers calls
 
@@ -107,37 +111,47 @@ class KVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.storage = self.limits = None
         self.observed = Observed()
-        self.is_initialized = self.pruned = False
-        self.horizon = 0
+        self.is_initialized = self.pruned = self.record_past = False
+        self.horizon, self.watched, self._before = None, 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
         raise StoreError("crop the store, not one of its layers")
 
-    def forget_unreachable(self) -> None:
-        """Drop what the layer's own window has passed: no later query sees it. Done by the page, at the end of a
-        forward."""
+    def activate_past_recording(self) -> None:
+        """`generate()` says so where it will take tokens back: then a window forgets when `crop` is called."""
+        self.record_past = True
+
+    def forget_unreachable(self, spare: int = PAGE) -> None:
+        """Drop what the layer's own window has passed: no later query sees it. At the end of a forward it is done by
+        the page.
+
+        Each lane waits for `spare` such entries of its own: what a row holds must not depend on its neighbours."""
         window = self.sliding_window
-        if window is None or self.storage is None or self.storage.longest < window + PAGE:
+        if window is None or self.storage is None or self.storage.longest < window + spare:
             return
-        oldest = (self.store.counts - window + 1).to(self.storage.device)  # what the next query still sees
+        due = self.storage.lengths >= window + spare
+        oldest = (self.store.counts - window + 1).clamp_min(0)  # what the next query still sees
         positions = self.storage.padded(sort=True)[2]
-        stays = positions >= oldest.clamp_min(0)[:, None, None]
+        stays = positions >= (oldest[:, None] * due).to(positions.device)[..., None]
         counts = stays.sum(-1)
         index = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(counts.max())]
         self.storage.keep(index, counts)
-        self.horizon = max(self.horizon, int(oldest.max()))
+        passed = oldest * due.any(1)
+        self.horizon = passed if self.horizon is None else torch.maximum(self.horizon, passed)
 
     def crop_to(self, left: Tensor, columns: int) -> None:
         """Forget entries whose position is at least left[b], and what was observed from that column on.
 
         Raises StoreError where a window has passed what would be seen again."""
-        if self.sliding_window is not None and bool((left - self.sliding_window + 1 < self.horizon).any()):
+        window = self.sliding_window
+        if window and self.horizon is not None and bool(((left - window + 1).clamp_min(0) < self.horizon).any()):
             raise StoreError(
                 f"cannot go back to {left.tolist()} tokens: the window of {self.sliding_window} has passed on"
             )
         if self.storage is not None:
             self.storage.crop(left)
         self.observed.crop(columns)
+        self.watched = min(self.watched, columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -160,6 +174,8 @@ class KVLayer(CacheLayerMixin):
         self.observed.select_rows(rows.to(self.storage.device))
         if self.limits is not None:
             self.limits = self.limits[rows.cpu()]
+        if self.horizon is not None:
+            self.horizon = self.horizon[rows.cpu()]
 
     # ---- attention
 
@@ -193,9 +209,10 @@ class KVLayer(CacheLayerMixin):
         return logits.recipe(group.rows[:, None], zero, now.q_columns[-1], columns).expand_as(columns)[:, None]
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """k, v, columns, real of everything stored, lanes side by side and sorted by position."""
+        """k, v, columns, real of everything stored, lanes side by side; where the model was handed keys, in their
+        order: by position."""
         assert self.storage is not None
-        k, v, positions = self.storage.uniform_view() or self.storage.padded(sort=True)
+        k, v, positions = (self.storage.uniform_view() if self.direct else None) or self.storage.padded(sort=True)
         rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
         real = positions >= 0 if bool((self.storage.lengths != k.shape[2]).any()) else None
         columns = self.store.column(rows, positions.long().clamp_min(0))
@@ -208,7 +225,14 @@ class KVLayer(CacheLayerMixin):
     def watch(self, call: AttentionCall, needs: Needs) -> None:
         """Observe a forward of the prompt for the policy."""
         assert self.storage is not None
+        self._before, self.observed = (self.store.forward.offset, self.observed), replace(self.observed)
+        self.watched = self.store.columns_now
         self.observed.prompt(call, needs, self.store, self.storage.heads, latent=not self.direct)
+
+    def unwatch(self, offset: int) -> None:
+        """The forward from that column on failed: what was observed of it did not happen."""
+        if self._before is not None and self._before[0] == offset:
+            self.observed, self.watched = self._before[1], min(self.watched, offset)
 
     def view(self, sort: bool = True, last_row: bool = False) -> LayerView:
         """The layer as its policy sees it."""
@@ -230,6 +254,8 @@ class KVLayer(CacheLayerMixin):
         """The prompt has ended: the policy keeps what its budget allows, the rest is freed."""
         if self.storage is None or not bool((self.storage.lengths > 0).any()):
             return
+        if not isinstance(policy, Full):  # a budget is for what can still be seen
+            self.forget_unreachable(spare=0)
         view = self.view(last_row=policy.needs_at(self.number).last_row)
         index, counts = select(policy, view)
         if bool((counts.cpu() < self.storage.lengths).any()):
@@ -305,6 +331,7 @@ class HybridKVLayer(LinearAttentionLayer, KVLayer):  # type: ignore[misc]
     def fork(self, store: KVStore) -> HybridKVLayer:
         other = KVLayer.fork(self, store)
         assert isinstance(other, HybridKVLayer)
+        other.__dict__.update({name: dict(x) for name, x in self.__dict__.items() if isinstance(x, dict)})
         copy_states(self, other)
         return other
 

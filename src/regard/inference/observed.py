@@ -61,7 +61,10 @@ class Observed:
 
     def token(self, q: Tensor, call: AttentionCall | None, store: KVStore) -> None:
         """A decoded token q (B, Hq, 1, D); `call` where the model expands keys after caching them."""
-        self.window = (q.detach(), store.forward.q_columns[-1:].expand(q.shape[0], 1))
+        columns, real = store.forward.q_columns[-1:].expand(q.shape[0], 1), store.forward.real
+        if real is not None:  # a row's padding asks nothing
+            columns = columns.where(real.to(columns.device), -1)
+        self.window = (q.detach(), columns)
         if call is not None:
             self.window_weights = self._latent_weights(call, store)
 

@@ -33,9 +33,13 @@ def save(store: KVStore, model: str, path: str | Path) -> None:
         assert layer.storage is not None
         for name, value in layer.storage.state().items():
             tensors[f"layer.{number}.{name}"] = value
-        for name, value in (("sums", layer.observed.sums), ("limits", layer.limits)):
-            if value is not None:
-                tensors[f"layer.{number}.{name}"] = value
+        for name, extra in (
+            ("sums", layer.observed.sums),
+            ("limits", layer.limits),
+            ("horizon", layer.horizon),
+        ):
+            if extra is not None:
+                tensors[f"layer.{number}.{name}"] = extra
     for index, layer in enumerate(store.layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for name in STATES:
@@ -84,14 +88,14 @@ def load(attached: Attached, path: str | Path) -> KVStore:
 
 
 def _restore(layer: KVLayer, own: dict[str, Tensor], device: torch.device) -> None:
-    sums, limits = own.pop("sums", None), own.pop("limits", None)
+    sums, limits, horizon = (own.pop(name, None) for name in ("sums", "limits", "horizon"))
     layer.storage = RaggedKV.from_state(
         {name: value.to(device) if name != "lengths" else value for name, value in own.items()}
     )
     layer.dtype, layer.device = layer.storage.dtype, layer.storage.device
     layer.is_initialized = True
     layer.observed.sums = None if sums is None else sums.to(device)
-    layer.limits = limits
+    layer.limits, layer.horizon = limits, horizon
 
 
 def _states(layer: Any, name: str) -> dict[Any, Tensor]:

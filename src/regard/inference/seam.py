@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from regard.errors import ArgumentError, AttachError, RegardError, StoreError
+from regard.errors import ArgumentError, AttachError, RegardError, StoreError, UnsupportedError
 from regard.inference import persist
 from regard.inference.cache import HybridKVLayer, KVLayer
-from regard.inference.call import AttentionCall
+from regard.inference.call import AttentionCall, MaskRecipe
 from regard.inference.compose import Scoped, parts_of
 from regard.inference.interface import NAME, OWNERS, Pass, Passes
 from regard.inference.plan import Plan
@@ -110,7 +110,13 @@ class Attached:
         self._hooks, self._configs = [], []
         self.passes.current = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Reached through the hooks of a model that is copied or pickled."""
+        raise AttachError(f"{type(self._root).__name__} is attached to {self.plan}: detach it before copying it")
+
     def __enter__(self) -> Attached:
+        if not self._hooks:
+            raise AttachError("this attachment was detached: attach the model again")
         return self
 
     def __exit__(
@@ -194,11 +200,18 @@ class Attached:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise ArgumentError("input_ids", None, "token ids (B, N) or inputs_embeds (B, N, C)")
+        if self._root.training and torch.is_grad_enabled() and self._root.is_gradient_checkpointing:
+            raise UnsupportedError(
+                "gradient checkpointing: layers are run again after the forward, where no attachment serves them; call "
+                "model.gradient_checkpointing_disable() first"
+            )
         if given.get("output_attentions"):
             raise ArgumentError(
                 "output_attentions", True, "False: attention maps are never materialised while attached"
             )
         mask = given.get("attention_mask")
+        if isinstance(mask, MaskRecipe):
+            mask.contiguous()  # drawn ahead by generate(), for a static cache: refused
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ArgumentError("attention_mask", _kind(mask), "a (B, columns) mask of real tokens, or None")
         batch, n = tokens.shape[:2]
@@ -246,6 +259,8 @@ class Attached:
                 "past_key_values", "a DynamicCache that was filled elsewhere", "an empty one, or a store of ours"
             )
         self._stores[cache] = self.new_store()
+        if any(getattr(layer, "record_past", False) for layer in cache.layers):
+            self._stores[cache].activate_past_recording()
         return self._stores[cache]
 
     # ---- is it reached?

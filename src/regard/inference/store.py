@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from regard.errors import ArgumentError, AttachError, StoreError, require
 from regard.inference import persist
-from regard.inference.cache import Given, KVLayer, copy_states
+from regard.inference.cache import Given, HybridKVLayer, KVLayer, copy_states
 from regard.inference.plan import Plan
 from regard.inference.policy import Needs
 
@@ -157,7 +157,8 @@ class KVStore(Cache):
         if not self.sealed:
             self.prompt = self.counts
         for layer in self.windowed:
-            layer.forget_unreachable()
+            if not layer.record_past:
+                layer.forget_unreachable()
 
     def _undo(self, now: Forward) -> None:
         self.counts = self._counts_before
@@ -166,12 +167,12 @@ class KVStore(Cache):
         if not self.columns:
             self.reset()
             return
-        self.broken = any(layer.limits is not None for layer, _ in now.given) or not all(
-            isinstance(layer, KVLayer) for layer in self.layers
-        )
+        recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        self.broken = recurrent or any(layer.limits is not None for layer, _ in now.given)
         for layer, _ in now.given:
             assert layer.storage is not None
             layer.storage.crop(self.counts)
+            layer.unwatch(now.offset)
 
     def needs(self, layer: int) -> Needs:
         """What must be observed of the prompt in a layer: for the plan, and for plans that may fork from here."""
@@ -218,6 +219,14 @@ class KVStore(Cache):
         freed."""
         if not self.columns:
             raise StoreError("nothing to seal: the store has seen no prompt")
+        if self.sealed and self.plan.cache.acts == "seal":
+            for layer in self.kv_layers:
+                blind = layer.storage is not None and layer.watched < self.columns
+                if blind and self.plan.cache.needs_at(layer.number).any:
+                    raise StoreError(
+                        f"cannot seal again: {self.plan} goes by queries, and those of tokens decoded one by one were "
+                        "not observed; feed the next turn as one forward, then seal"
+                    )
         self.prompt = self.counts
         for layer in self.kv_layers:
             layer.seal(self.plan.cache)
@@ -316,6 +325,7 @@ class KVStore(Cache):
         n = -tokens_to_remove
         require(0 <= n <= self.columns, "tokens_to_remove", tokens_to_remove, f"−{self.columns} … 0")
         if n == 0:
+            self._forget_recorded()
             return
         removed = torch.full_like(self.counts, n) if self.real is None else self.real[:, self.columns - n :].sum(1)
         left = self.counts - removed
@@ -323,6 +333,8 @@ class KVStore(Cache):
         dropped = any(layer.pruned for layer in layers)
         if dropped and (self.plan.cache.acts == "step" or bool((left < self.prompt).any())):
             raise StoreError(f"cannot remove {n} tokens: {self.plan} has dropped entries that would be needed again")
+        if any(isinstance(layer, HybridKVLayer) for layer in self.layers):
+            raise StoreError(f"cannot remove {n} tokens: their share of the recurrent states cannot be taken out")
         if not all(isinstance(layer, KVLayer) for layer in self.layers):
             for layer in self.layers:
                 if not isinstance(layer, KVLayer):
@@ -335,6 +347,13 @@ class KVStore(Cache):
         self._tables = None
         if not self.sealed:
             self.prompt = self.counts
+        self._forget_recorded()
+
+    def _forget_recorded(self) -> None:
+        """Windows that waited for a crop move on."""
+        for layer in self.windowed:
+            if layer.record_past:
+                layer.forget_unreachable()
 
     def reset(self) -> None:
         """Forget everything."""
