@@ -88,6 +88,9 @@ COMPARE = ("compare", "--model", "smollm2", "--context", "256", "--budget", "64"
         ((*COMPARE[:3], "--context", "256", "--budget", "0"), "budget: got 0"),
         ((*COMPARE, "--out", "/proc/nowhere"), "out: got /proc/nowhere"),
         ((*COMPARE, "--dtype", "float8", "--out", "x"), "dtype: got 'float8'"),
+        ((*COMPARE, "--device", "tpu", "--out", "x"), "device: got 'tpu'"),
+        (("show", "causal", "--out", "nowhere/x.png"), "out: got nowhere/x.png"),
+        (("show", "causal", "--out", "x.nonsense"), "out: got x.nonsense"),
         (("compare", "--model", "smolm2", "--context", "256", "--budget", "64", "--out", "x"), "did you mean smollm2"),
     ],
 )

@@ -267,7 +267,10 @@ def _draw(key: str, out: Path) -> None:
     regard.list("pattern")  # makes them known
     entry = lookup("pattern", key)
     made = (entry.example or entry.factory)()
-    made.show(32, path=out)
+    try:
+        made.show(32, path=out)
+    except (OSError, ValueError) as error:  # no such folder, or an ending that is no kind of picture
+        raise ArgumentError("out", str(out), f"a picture file, such as .png, that can be written ({error})") from error
 
 
 if __name__ == "__main__":

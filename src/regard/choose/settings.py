@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from regard.choose import recommend
 from regard.choose.runner import MODES, Mode
 from regard.errors import ArgumentError, UnknownNameError, require
@@ -56,6 +58,11 @@ class Settings:
         require(bool(self.budget), "budget", "nothing", "one or more budgets")
         for budget in self.budget:
             Budget.parse(budget)
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ArgumentError("device", repr(self.device), "a device of torch: cpu, cuda, cuda:1, …") from error
         require(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
         require(bool(self.tasks), "tasks", "nothing", "one or more tasks")
         for mode in self.modes:
