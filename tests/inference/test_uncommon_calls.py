@@ -163,6 +163,14 @@ def test_padding_asks_nothing_of_h2o() -> None:
     assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])
 
 
+def test_h2o_serves_a_float64_model() -> None:
+    with attach(llama().double(), "h2o(budget=10)") as attached:
+        store = attached.new_store()
+        attached.model(ids(1, 30), past_key_values=store)
+        attached.model(ids(1, 1), past_key_values=store)
+        assert all(held.tolist() == [[10, 10]] for held in store.entries)
+
+
 def test_sealing_again_needs_queries_that_were_observed() -> None:
     with attach(llama(), "snapkv(budget=16,window=4)") as attached:
         store = attached.new_store()

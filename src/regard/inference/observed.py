@@ -70,7 +70,7 @@ class Observed:
 
     def add_token(self, view: LayerView, store: KVStore) -> None:
         """Add the newest query's weights to the sums, and to what the view shows of them."""
-        added = view.weights(1).sum((2, 3)) * view.exists
+        added = (view.weights(1).sum((2, 3)) * view.exists).float()  # as the prompt's, of float64 keys too
         self._add(added, view.positions, store)
         view.column_sums = added if view.column_sums is None else view.column_sums + added
 
