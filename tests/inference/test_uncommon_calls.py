@@ -201,3 +201,20 @@ def test_gradient_checkpointing_is_refused_by_name() -> None:
     model.gradient_checkpointing_enable()
     with attach(model, "full"), torch.enable_grad(), pytest.raises(UnsupportedError, match="checkpointing"):
         model(ids(1, 5), labels=ids(1, 5))
+
+
+def test_taking_back_tokens_of_an_unsealed_prompt_is_refused_under_a_policy() -> None:
+    """Prompt-lookup decoding would seal late and choose other tokens than the plan alone."""
+    model = llama()
+    with attach(model, "snapkv(budget=16,window=4)") as attached:
+        store = attached.new_store()
+        model(ids(1, 20), past_key_values=store)
+        with pytest.raises(StoreError, match="prompt-lookup"):
+            store.crop(-2)
+
+
+def test_autocast_is_refused_by_name() -> None:
+    model = llama()
+    with attach(model, "full"), torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(UnsupportedError, match="autocast"):
+            model(ids(1, 8))

@@ -214,6 +214,8 @@ class Attached:
             mask.contiguous()  # drawn ahead by generate(), for a static cache: refused
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ArgumentError("attention_mask", _kind(mask), "a (B, columns) mask of real tokens, or None")
+        if torch.is_autocast_enabled(tokens.device.type):
+            raise UnsupportedError("torch.autocast: keys and values come in different dtypes; cast the model itself")
         batch, n = tokens.shape[:2]
         if n == 0 or batch == 0:
             raise ArgumentError("input_ids", f"shape {tuple(tokens.shape)}", "at least one row and one token")

@@ -327,6 +327,11 @@ class KVStore(Cache):
         if n == 0:
             self._forget_recorded()
             return
+        if not self.sealed and self.plan.cache != Plan().cache:
+            raise StoreError(
+                f"cannot take tokens back before the prompt has ended under {self.plan}: call seal() first; "
+                "assisted and prompt-lookup decoding, which guess from the first forward on, need the plan full"
+            )
         removed = torch.full_like(self.counts, n) if self.real is None else self.real[:, self.columns - n :].sum(1)
         left = self.counts - removed
         layers = self.kv_layers
