@@ -30,7 +30,7 @@ PLANS = (
     "tova(budget=256)",
     "h2o(budget=256)",
 )
-LAYERS, STEPS, ROUNDS, PROMPT = 8, 40, 7, 512
+LAYERS, STEPS, ROUNDS, PROMPT = 30, 12, 9, 512
 
 
 def model() -> LlamaForCausalLM:

@@ -238,3 +238,17 @@ def test_payload_budgets_hold_for_the_whole_batch() -> None:
     with attach(llama(), "knorm(budget='8KiB')") as attached:
         store = sealed(attached, *left_padded([60, 70]))
         assert store.held_bytes == 8192, "2 rows × 2 layers × 2 heads × 16 entries × 64 bytes"
+
+
+def test_a_prompt_is_not_held_twice() -> None:
+    """While later layers run, earlier layers' keys are in the store alone."""
+    model = llama()
+    alive: list[int] = []
+    with attach(model, "full") as attached:
+        store = attached.new_store()
+        hook = model.model.layers[1].register_forward_pre_hook(
+            lambda *_: alive.append(sum(given.k() is not None for _, given in store.forward.given))
+        )
+        model(ids(1, 30), past_key_values=store)
+        hook.remove()
+    assert alive == [0]

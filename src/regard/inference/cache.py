@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -25,12 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Given:
-    """What `update` handed to the model in one forward, so that attention can tell where its keys come from."""
+    """What `update` handed to the model in one forward, so that attention can tell where its keys come from.
 
-    k: Tensor
-    v: Tensor
+    Held weakly: a prompt's keys and values are in the store, and no layer's second copy of them must outlive its use.
+    """
+
+    k: ref[Tensor]
+    v: ref[Tensor]
     fresh: bool
     stand_in: bool
+
+    def has(self, k: Tensor, v: Tensor) -> bool:
+        """Are these the very tensors that were handed out?"""
+        return k is self.k() and v is self.v()
 
 
 class KVLayer(CacheLayerMixin):
@@ -74,22 +82,22 @@ class KVLayer(CacheLayerMixin):
         self.storage.append(key_states, value_states, now.positions, now.real)
         if self.limits is not None and now.n > 1:  # appended whole, until sealed again
             self.limits = torch.maximum(self.limits, self.storage.lengths)
-        if now.offset == 0:
-            given = Given(key_states, value_states, fresh=True, stand_in=False)
-        elif self.direct:
-            given = self._stand_in(key_states, value_states)
+        fresh, direct = now.offset == 0, self.direct
+        if fresh:
+            k, v = key_states, value_states
+        elif direct:
+            k, v = self._stand_in(key_states, value_states)
         else:
             k, v, _ = self.storage.padded(sort=True)
-            given = Given(k, v, fresh=False, stand_in=False)
-        now.given.append((self, given))
-        return given.k, given.v
+        now.given.append((self, Given(ref(k), ref(v), fresh, stand_in=direct and not fresh)))
+        return k, v
 
-    def _stand_in(self, k: Tensor, v: Tensor) -> Given:
+    def _stand_in(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         assert self.storage is not None
         shape = (*k.shape[:2], self.storage.longest)
         keys = self.store.stand_in((*shape, k.shape[3]), k)
         values = keys if v.shape[3] == k.shape[3] else self.store.stand_in((*shape, v.shape[3]), v)
-        return Given(keys, values, fresh=False, stand_in=True)
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

@@ -117,7 +117,7 @@ def attention(
     if layer is None or given is None:
         out = run_call(_loose(owner, now, query, key, value, logits))
         return out.transpose(1, 2).contiguous(), None
-    now.handed.append((layer, key is given.k and value is given.v, recipe))
+    now.handed.append((layer, given.has(key, value), recipe))
     if now.n == 1 and given.stand_in:
         out = layer.decode(query, logits)
         if layer.limits is not None:
@@ -133,7 +133,7 @@ def _prompt(
     """Several tokens at once, or keys that the model has changed since `update`."""
     store = layer.store
     forward = store.forward
-    if given.stand_in and (k is not given.k or v is not given.v):
+    if given.stand_in and not given.has(k, v):
         raise AttachError("this layer changed the keys it was handed, which it did not do when the model was attached")
     k_columns, k_real = forward.q_columns, None if forward.real is None else forward.real.to(k.device)
     q_real = k_real
@@ -176,7 +176,7 @@ def _source(store: KVStore, key: Tensor) -> tuple[KVLayer | None, Given | None]:
     """Which layer's cache this key comes from: the one that handed it out, or the one just updated, if not yet used."""
     given = store.forward.given
     for layer, one in reversed(given):
-        if one.k is key:
+        if one.k() is key:
             return layer, one
     if given and given[-1][0].store is store and not given[-1][1].stand_in:
         return given[-1]

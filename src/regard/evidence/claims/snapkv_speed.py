@@ -56,10 +56,13 @@ def _model(quick: bool) -> LlamaForCausalLM:
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=65536,
-        dtype=torch.bfloat16,
     )
-    with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.bfloat16)  # made in bfloat16: a float32 copy of 8 B weights would take 32 GB first
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @torch.no_grad()
