@@ -58,9 +58,7 @@ def preference(request: Request) -> tuple[tuple[str, ...], str]:
         return ("sdpa", "flex", "reference"), "no mask has to be drawn, so torch's fused attention leads"
     if logits <= _SMALL:
         return ("sdpa", "flex", "reference"), "so small a mask is cheaper to draw than a kernel is to compile"
-    if request.needs_grad:
-        return ("flex", "triton", "sdpa", "reference"), "tiles left empty are skipped, and flex's backward leads"
-    return ("triton", "flex", "sdpa", "reference"), "tiles left empty are skipped, and triton's forward leads"
+    return ("flex", "triton", "sdpa", "reference"), "flex skips the tiles that the pattern leaves empty"
 
 
 def choose(request: Request, backend: str) -> Explanation:
