@@ -178,7 +178,7 @@ def _source(store: KVStore, key: Tensor) -> tuple[KVLayer | None, Given | None]:
     for layer, one in reversed(given):
         if one.k() is key:
             return layer, one
-    if given and given[-1][0].store is store and not given[-1][1].stand_in:
+    if given and not given[-1][1].stand_in:
         return given[-1]
     return None, None
 

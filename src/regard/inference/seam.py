@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -270,11 +271,13 @@ class Attached:
     def _probe(self) -> None:
         """Two tokens through the model: does its attention reach us, does it take keys as the store hands them out?"""
         name = type(self._root).__name__
+        refusal: Exception | None = None
         try:
             now = self._try()
         except RegardError:
             raise
         except Exception as first:
+            refusal = first
             self._own_cache = True  # perhaps it insists on a cache class of its own
             try:
                 now = self._try()
@@ -291,7 +294,15 @@ class Attached:
         if now.store is not None:
             self._read_probe(now.store, now)
         elif any(plan.cache != Plan().cache or plan.decode != Plan().decode for plan in self.observe):
-            raise AttachError(f"{name} insists on a cache class of its own: only prefill parts apply, not {self.plan}")
+            raise AttachError(
+                f"{name} insists on a cache class of its own: only prefill parts apply, not {self.plan}"
+            ) from refusal
+        if self._own_cache:
+            warnings.warn(
+                f"regard: {name} does not run on our store ({type(refusal).__name__}: {refusal}); it keeps a cache of "
+                "its own, and only the plan's prefill part applies",
+                stacklevel=4,
+            )
 
     def _try(self) -> Pass:
         """One forward in eval mode, without gradients or a trace in random generators; what it met."""
