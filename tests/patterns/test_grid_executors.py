@@ -78,8 +78,9 @@ GPU = [
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["flex", "triton"])
 @pytest.mark.parametrize(("p", "tiling"), GPU, ids=repr)
-def test_tiled_on_a_gpu(p: Pattern, tiling: Tiling) -> None:
+def test_tiled_on_a_gpu(p: Pattern, tiling: Tiling, backend: str) -> None:
     from regard.attend_tiled import attend_tiled
 
     g = torch.Generator(device="cuda").manual_seed(0)
@@ -87,7 +88,7 @@ def test_tiled_on_a_gpu(p: Pattern, tiling: Tiling) -> None:
     results = []
     for out in (
         attend(q, k, v, pattern=p, backend="reference"),
-        attend_tiled(q, k, v, pattern=p, tiling=tiling, backend="flex"),
+        attend_tiled(q, k, v, pattern=p, tiling=tiling, backend=backend),
     ):
         results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
     for got, want in zip(results[1], results[0], strict=True):

@@ -69,7 +69,7 @@ def _compiled() -> Callable[..., Any]:
     # Shapes and a pattern's numbers are fixed in the first kernel; the second that differs in them makes them free in
     # all later ones (about a tenth slower, and no further wait). fullgraph: where compilation is given up, torch would
     # else fall back to the unfused form without a word, which holds the whole map.
-    return torch.compile(_ATTENTION, fullgraph=True)
+    return torch.compile(_ATTENTION, fullgraph=True, dynamic=False)
 
 
 def _run_compiled(*tensors: Tensor, **given: Any) -> Any:
