@@ -90,9 +90,11 @@ def chunked(
     # What does not fill a chunk is one more chunk, of its own size.
     for start, stop, size in ((0, whole, chunk_size), (whole, n, n - whole)):
         if stop > start:
-            parts = [x[:, :, start:stop] for x in (q, k, v, beta)]
-            gates = g[:, :, start:stop] if g.shape[2] > 1 else g
-            out, state = _whole_chunks(*parts, gates, state, size)
+            span = slice(start, stop)
+            gates = g[:, :, span] if g.shape[2] > 1 else g
+            out, state = _whole_chunks(
+                q[:, :, span], k[:, :, span], v[:, :, span], beta[:, :, span], gates, state, size
+            )
             outs.append(out)
     return (torch.cat(outs, 2) if outs else v).to(dtype), state
 
