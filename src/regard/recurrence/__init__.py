@@ -3,6 +3,7 @@
 from regard.recurrence.contract import Mixer, Recurrence, TokenInputs
 from regard.recurrence.delta_rule import DeltaInputs, DeltaRule, DeltaState
 from regard.recurrence.diagonal_decay import DiagonalDecay, DiagonalInputs, DiagonalState
+from regard.recurrence.documents import scan_documents
 from regard.recurrence.lightning_attention_2 import LightningAttention2, LightningInputs, tnl_log_decay
 from regard.registry import import_all
 
@@ -18,6 +19,7 @@ __all__ = [
     "Mixer",
     "Recurrence",
     "TokenInputs",
+    "scan_documents",
     "tnl_log_decay",
 ]
 
