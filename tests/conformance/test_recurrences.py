@@ -8,6 +8,8 @@ import torch
 from tests.conformance.cases import check
 from torch import Tensor
 
+from regard.errors import UnsupportedError
+from regard.recurrence.dsf import linear_system, mixing_matrix
 from regard.registry import lookup
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -103,3 +105,26 @@ def test_states_are_held_in_float32(key: str) -> None:
     out, state = recurrence.scan(changed(inputs, lambda x: x.bfloat16()))
     assert out.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in state)
     assert (out.double() - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+VALUES: dict[str, str] = {}
+"""Which input a recurrence is linear in, where it is not `v`."""
+
+
+@check("dense matrix", kind="recurrence")
+def test_outputs_are_one_lower_triangular_matrix_times_the_values(key: str) -> None:
+    """Φ u = scan(u) for the Φ of unit values, and for that of (Λ, B, C, D) where it is known.
+
+    What is not linear in its values, or mixes their channels, has a row in EXEMPTIONS that says so."""
+    recurrence, inputs = example(key)
+    values = VALUES.get(key, "v")
+    want, _ = recurrence.scan(inputs)
+    phi = mixing_matrix(recurrence, inputs, values)
+    assert torch.equal(phi.triu(1), torch.zeros_like(phi)) and phi.tril(-1).abs().max() > 0
+    u = getattr(inputs, values)
+    torch.testing.assert_close((phi @ u.mT[..., None])[..., 0].mT, want, **EXACT)
+    try:
+        system = linear_system(recurrence, inputs)
+    except UnsupportedError:
+        return
+    torch.testing.assert_close(system.matrix()[:, :, None].expand_as(phi), phi, **EXACT)
