@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from regard.errors import UnknownNameError, require
-from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_padding
-from regard.patterns import Pattern, causal
-from regard.recurrence import DiagonalState, LightningAttention2, LightningInputs, tnl_log_decay
+from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState, join_heads, split_heads
+from regard.recurrence import LightningAttention2, LightningInputs, tnl_log_decay
 from regard.recurrence.lightning_attention_2 import PAPER
 from regard.registry import mechanism
 
@@ -31,7 +30,7 @@ Preset = Literal["tnl-code", "tnl-paper"]
     steps=True,
     compiles=True,
 )
-class LightningAttention2Layer(Layer):
+class LightningAttention2Layer(RecurrentLayer):
     """Causal linear attention with a fixed decay per head: S ← λ S + k vᵀ, o = Sᵀ q, then a norm and a gate.
 
     The two sources differ, so each is a preset. "tnl-code", as released later: q, k, v = SiLU(x W), LayerNorm over the
@@ -39,8 +38,11 @@ class LightningAttention2Layer(Layer):
     q, k = SiLU(x W), v = x W, SimpleRMSNorm, a linear gate, λ = exp(−(8h/H)·(1 − l/L)).
     layer of layers: which one this is, l of L; deep layers forget less. chunk_size does not change the result.
 
-    Padding neither writes to the state nor lets it decay. The state is a DiagonalState, s (B, H, D, D) in float32.
+    Padding neither writes to the state nor lets it decay. The state's inner one is a DiagonalState, s (B, H, D, D)
+    in float32.
     """
+
+    mixer: LightningAttention2
 
     def __init__(
         self,
@@ -71,33 +73,17 @@ class LightningAttention2Layer(Layer):
             self.norm = nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)  # SimpleRMSNorm: no gain
             self.gate = nn.Linear(dim, dim, bias=False)
 
-    def forward(
-        self,
-        x: Tokens,
-        context: Context | None = None,
-        *,
-        pattern: Pattern | None = None,
-        key_padding: Padding | None = None,
-        state: DiagonalState | None = None,
-    ) -> Output:
-        """See `Layer.forward`. It is causal by nature: pattern is None or `causal()`."""
-        if context is not None:
-            raise self.refuse("context: it mixes one sequence")
-        if pattern is not None and pattern != causal():
-            raise self.refuse(f"pattern {pattern!r}: it is causal by nature")
-        self.check_tokens(x, context, key_padding)
-        self.check_state(state, DiagonalState)
+    def read(self, x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Read:
+        """Queries and keys through SiLU; values too, in TNL's code."""
         q, k, v = silu(self.q_proj(x)), silu(self.k_proj(x)), self.v_proj(x)
         if self.preset == "tnl-code":
             v = silu(v)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        inputs = LightningInputs(q, k, v, key_padding)
-        if x.shape[1] == 1 and state is not None:
-            state, out = self.mixer.step(state, inputs)
-        else:
-            out, state = self.mixer.scan(inputs, state)
-        out = self.o_proj(self.norm(out.transpose(1, 2).flatten(2)) * self.gate(x))
-        return Output(without_padding(out, key_padding), state)
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        return Read(LightningInputs(q, k, v, key_padding))
+
+    def write(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """Norm over the concatenated heads, gate, projection."""
+        return self.o_proj(self.norm(join_heads(mixed)) * self.gate(x))
 
     @classmethod
     def identity(cls) -> tuple[Tensor, Tensor]:
