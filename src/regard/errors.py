@@ -41,6 +41,10 @@ class StoreError(RegardError):
     """A saved store that is corrupted, foreign, or does not fit the model."""
 
 
+class CheckpointError(RegardError):
+    """A saved model or training checkpoint that is corrupted, foreign, or does not belong to what asks for it."""
+
+
 class NotFiniteError(RegardError, ValueError):
     """NaN or infinity where `validate=True` looked for it."""
 

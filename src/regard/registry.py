@@ -10,7 +10,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from regard.errors import ArgumentError, UnknownNameError
 
-Kind = Literal["layer", "pattern", "selection", "recurrence", "cache", "prefill", "decode", "preset", "task"]
+Kind = Literal[
+    "layer", "pattern", "selection", "recurrence", "cache", "prefill", "decode", "preset", "task", "training-task"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -10,7 +10,7 @@ from inspect import signature
 from typing import Any, ClassVar, Literal
 
 from regard.errors import ArgumentError, UnknownNameError
-from regard.registry import lookup
+from regard.registry import Kind, lookup
 from regard.tasks.text import Text
 
 
@@ -57,8 +57,7 @@ class Task:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
-        return self.key + (f"({','.join(given)})" if given else "")
+        return text_form(self)
 
     def rng(self, seed: int, index: int, length: int) -> random.Random:
         """Random numbers of this prompt alone."""
@@ -76,10 +75,17 @@ def depth_of(index: int) -> float:
 
 def parse(text: str) -> Task:
     """A task from `name` or `name(key=value, …)`. Raises UnknownNameError or ArgumentError."""
+    made = made_from(text, "task", "tasks")
+    assert isinstance(made, Task)
+    return made
+
+
+def made_from(text: str, kind: Kind, argument: str) -> Any:
+    """What is registered under `kind`, made from `name` or `name(key=value, …)`; `argument` is for the error."""
     found = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", text)
     if found is None:
-        raise ArgumentError("tasks", repr(text), "NAME or NAME(key=value, …)")
-    factory = lookup("task", found[1]).factory
+        raise ArgumentError(argument, repr(text), "NAME or NAME(key=value, …)")
+    factory = lookup(kind, found[1]).factory
     settings: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in (found[2] or "").split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
@@ -89,9 +95,13 @@ def parse(text: str) -> Task:
             settings[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
             raise ArgumentError(f"{found[1]}.{key}", repr(value), "a number") from error
-    made = factory(**settings)
-    assert isinstance(made, Task)
-    return made
+    return factory(**settings)
+
+
+def text_form(task: Any) -> str:
+    """`name(key=value,…)` of a dataclass with a `key`: the settings that are not the default."""
+    given = [f"{f.name}={getattr(task, f.name)!r}" for f in fields(task) if getattr(task, f.name) != f.default]
+    return task.key + (f"({','.join(given)})" if given else "")
 
 
 def whole(value: object, name: str, least: int, most: int) -> None:
