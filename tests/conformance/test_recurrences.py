@@ -107,7 +107,7 @@ def test_states_are_held_in_float32(key: str) -> None:
     assert (out.double() - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
-VALUES: dict[str, str] = {}
+VALUES: dict[str, str] = {"hgrn": "u", "ssd": "x"}
 """Which input a recurrence is linear in, where it is not `v`."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -33,7 +35,7 @@ def test_padding_anywhere_counts_for_nothing_however_the_tokens_are_cut(size: in
     junk = torch.where(real[..., None], x, torch.nan)
     for cuts in ((0, 11), (0, 1, 2, 11), tuple(range(12))):
         outs, window = [], None
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             out, window = layer(junk[:, start:stop], real[:, start:stop], window)
             outs.append(out)
         out = torch.cat(outs, 1)

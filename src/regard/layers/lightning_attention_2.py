@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from regard.errors import UnknownNameError, require
-from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState, join_heads, split_heads
+from regard.layers.recurrent import RECURRENT, Read, RecurrentLayer, RecurrentState, join_heads, split_heads
 from regard.recurrence import LightningAttention2, LightningInputs, tnl_log_decay
 from regard.recurrence.lightning_attention_2 import PAPER
 from regard.registry import mechanism
@@ -20,15 +20,9 @@ Preset = Literal["tnl-code", "tnl-paper"]
 @mechanism(
     "lightning-attention-2",
     paper=PAPER,
-    families=("recurrent",),
     cost="O(N·D·(C + D)) time, O(N·D) memory; a state of H·D² in float32",
-    causal=True,
-    bidirectional=False,
-    cross=False,
-    patterns=False,
-    gqa=False,
-    steps=True,
     compiles=True,
+    **RECURRENT,
 )
 class LightningAttention2Layer(RecurrentLayer):
     """Causal linear attention with a fixed decay per head: S ← λ S + k vᵀ, o = Sᵀ q, then a norm and a gate.

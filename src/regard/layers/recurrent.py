@@ -12,6 +12,17 @@ from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_
 from regard.patterns import Pattern, causal
 from regard.recurrence import DiagonalState, Recurrence
 
+RECURRENT: dict[str, Any] = {
+    "families": ("recurrent",),
+    "causal": True,
+    "bidirectional": False,
+    "cross": False,
+    "patterns": False,
+    "gqa": False,
+    "steps": True,
+}
+"""What every layer on this base declares: `@mechanism(key, paper=..., cost=..., compiles=..., **RECURRENT)`."""
+
 
 class RecurrentState(NamedTuple):
     """What a recurrent layer carries from call to call. Its size does not depend on how many tokens there were.
@@ -42,8 +53,7 @@ class RecurrentLayer(Layer):
     - `write(mixed, x)`: the recurrence's output (B, H, N, Dv) → norm, gate, output projection → (B, N, C).
 
     inner_state: the type of the recurrence's state. windows: how many short convolutions have one.
-    The conformance settings are the same for all: causal=True, bidirectional=False, cross=False, patterns=False,
-    gqa=False, steps=True.
+    What all of them declare to `@mechanism` is RECURRENT.
     """
 
     inner_state: ClassVar[type] = DiagonalState
@@ -108,6 +118,14 @@ def positions(x: Tensor, key_padding: Tensor | None, state: RecurrentState | Non
     else:
         counted = (key_padding.long().cumsum(-1) - 1).clamp(min=0)
     return counted if state is None else counted + state.seen[:, None]
+
+
+def share_of(dim: int, numerator: int, denominator: int, heads: int, name: str) -> int:
+    """Channels of one head where all heads together have dim·numerator/denominator; ArgumentError if uneven."""
+    width, rest = divmod(dim * numerator, denominator * heads)
+    allowed = f"a divisor of {numerator}/{denominator} of dim={dim}, or give {name}"
+    require(rest == 0 and width >= 1, "heads", heads, allowed)
+    return width
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
