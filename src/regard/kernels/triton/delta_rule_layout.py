@@ -1,0 +1,106 @@
+"""What the delta rule's kernels share: how they are launched, which tokens form a chunk, and the decays of a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched: columns it takes at a time, warps, pipeline stages."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The four kernels, and the longest chunk they are given. What `columns` counts:
+
+    factors: channels of keys per step. scan, reverse: values of the state that one program holds.
+    gradients: values per step; `channels`: channels of keys that one program of it gives gradients for.
+    merge: precision in which blocks of the inverse are put together."""
+
+    factors: Launch
+    scan: Launch
+    reverse: Launch
+    gradients: Launch
+    channels: int = 128
+    chunk: int = 64
+    merge: str = "tf32x3"
+
+
+def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
+    """By the shape of the state, rows (Dk) × columns (Dv). Float32 takes smaller tiles: its products are exact."""
+    wide = max(16, triton.next_power_of_2(columns))
+    tall = max(16, triton.next_power_of_2(rows))
+    if dtype == torch.float32:
+        thin = Launch(min(wide, 16 if tall > 128 else 32), 4, 1)
+        return Launches(Launch(min(tall, 32), 4, 1), thin, thin, thin, min(tall, 64), 32, "ieee")
+    column = Launch(min(wide, 32 if tall > 128 else 64), 4, 2)
+    return Launches(
+        Launch(min(tall, 128), 4, 1), column, column, Launch(min(wide, 32), 8, 2), min(tall, 128)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Sequences cut into chunks, one after the other: a chunk never holds tokens of two sequences.
+
+    sequences (S, 4) int32: batch row, first token, end, number of its first chunk.
+    table (chunks, 3) int32: batch row, first token, end."""
+
+    sequences: Tensor
+    table: Tensor
+
+
+@lru_cache(maxsize=64)
+def even(batch: int, n: int, chunk: int, device: torch.device) -> Chunks:
+    """Every batch row is one sequence of n tokens."""
+    return _cut([(b, 0, n) for b in range(batch)], chunk, device)
+
+
+@lru_cache(maxsize=64)
+def documents(ends: tuple[int, ...], chunk: int, device: torch.device) -> Chunks:
+    """One row, with a sequence between each two of `ends` (0, …, N)."""
+    return _cut([(0, start, stop) for start, stop in pairwise(ends)], chunk, device)
+
+
+def _cut(spans: list[tuple[int, int, int]], chunk: int, device: torch.device) -> Chunks:
+    sequences: list[tuple[int, ...]] = []
+    table: list[tuple[int, ...]] = []
+    for row, start, stop in spans:
+        sequences.append((row, start, stop, len(table)))
+        table += [(row, at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
+    sizes = ((sequences, 4), (table, 3))
+    return Chunks(*(torch.tensor(x, dtype=torch.int32, device=device).view(-1, size) for x, size in sizes))
+
+
+@triton.jit
+def decays(base, at, step, index, end):
+    """Of the chunk from token `at`: (b, r, forgets), each over `index`.
+
+    b: running sum of the log decays in base 2; r: how many tokens so far forget everything (bool `forgets`).
+    A log decay under −80 (e^−80 = 2e-35) counts as −inf and is left out of b, so that no difference of infinities
+    arises and no exponent between two tokens of one r is ever positive."""
+    g = tl.load(base + (at + index).to(tl.int64) * step, mask=at + index < end, other=0.0).to(tl.float32)
+    forgets = g < -80.0
+    return tl.cumsum(tl.where(forgets, 0.0, g * 1.4426950408889634), 0), tl.cumsum(forgets.to(tl.int32), 0), forgets
+
+
+@triton.jit
+def between(b, r, later, earlier, TRANSPOSED: tl.constexpr):
+    """Γ (later, earlier) = 2^{b_i − b_j} for i ≥ j with nothing forgotten after j, else 0; or its transpose."""
+    if TRANSPOSED:
+        allowed = (earlier[:, None] <= later[None]) & (r[:, None] == r[None])
+        return tl.exp2(tl.where(allowed, b[None] - b[:, None], -float("inf")))
+    allowed = (later[:, None] >= earlier[None]) & (r[:, None] == r[None])
+    return tl.exp2(tl.where(allowed, b[:, None] - b[None], -float("inf")))
