@@ -122,6 +122,8 @@ def positions(x: Tensor, key_padding: Tensor | None, state: RecurrentState | Non
 
 def share_of(dim: int, numerator: int, denominator: int, heads: int, name: str) -> int:
     """Channels of one head where all heads together have dim·numerator/denominator; ArgumentError if uneven."""
+    require(dim >= 1, "dim", dim, "an int ≥ 1")
+    require(heads >= 1, "heads", heads, "an int ≥ 1")
     width, rest = divmod(dim * numerator, denominator * heads)
     allowed = f"a divisor of {numerator}/{denominator} of dim={dim}, or give {name}"
     require(rest == 0 and width >= 1, "heads", heads, allowed)
