@@ -129,27 +129,36 @@ def _within_by_halving(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Check shapes; everything in the accumulation dtype, the decay with four axes, the state present.
+    """`check`, then everything in the accumulation dtype, the decay with four axes, the state present."""
+    log_decay = check(q, k, v, log_decay, state)
+    dtype = accumulation_dtype(q, k, v)
+    if log_decay is None:
+        log_decay = q.new_zeros((1, 1, 1, 1))
+    if state is None:
+        state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype, device=q.device)
+    return q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype), state.to(dtype)
 
-    Raises ArgumentError naming the tensor. Values of log_decay are not checked (that would wait for the device)."""
+
+def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None) -> Tensor | None:
+    """The decay with four axes, or None. Raises ArgumentError naming the tensor whose shape does not fit.
+
+    Values of log_decay are not checked (that would wait for the device)."""
     require(q.ndim == 4, "q", tuple(q.shape), "(B, H, N, Dk)")
     batch, heads, n, dim = q.shape
     require(k.shape == q.shape, "k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}")
     require(v.ndim == 4 and v.shape[:3] == q.shape[:3], "v", tuple(v.shape), f"({batch}, {heads}, {n}, Dv)")
-    dtype = accumulation_dtype(q, k, v)
+    wanted = (batch, heads, dim, v.shape[3])
+    if state is not None:
+        require(state.shape == wanted, "state", tuple(state.shape), f"{wanted}: (B, H, Dk, Dv)")
     if log_decay is None:
-        log_decay = q.new_zeros((1, 1, 1, 1))
-    elif log_decay.ndim == 1:
+        return None
+    if log_decay.ndim == 1:
         require(log_decay.shape[0] == heads, "log_decay", tuple(log_decay.shape), f"({heads},): one per head")
         log_decay = log_decay[None, :, None, None]
     shape = tuple(log_decay.shape)
     fits = len(shape) == 4 and all(a in (1, b) for a, b in zip(shape, (batch, heads, n, dim), strict=True))
     require(fits, "log_decay", shape, f"({heads},), or broadcastable to {(batch, heads, n, dim)}")
-    wanted = (batch, heads, dim, v.shape[3])
-    if state is None:
-        state = torch.zeros(wanted, dtype=dtype, device=q.device)
-    require(state.shape == wanted, "state", tuple(state.shape), f"{wanted}: (B, H, Dk, Dv)")
-    return q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype), state.to(dtype)
+    return log_decay
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

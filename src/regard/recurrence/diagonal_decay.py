@@ -8,8 +8,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from regard.recurrence.diagonal import accumulation_dtype, chunked, recurrent
+from regard.recurrence.diagonal import accumulation_dtype, check, chunked, recurrent
+from regard.recurrence.documents import one_by_one
+from regard.recurrence.executor import Executor, fused, without_triton
 from regard.registry import register
+
+MAX_DIM = 256  # channels of a key or a value that the kernels take
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class DiagonalInputs(NamedTuple):
@@ -43,9 +48,12 @@ class DiagonalState(NamedTuple):
 class DiagonalDecay:
     """S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t, for any log decay g ≤ 0.
 
-    chunk_size: tokens worked on together by `scan`; a tuning knob, the result does not depend on it."""
+    chunk_size: tokens worked on together by the torch form of `scan`; a tuning knob, the result does not depend on it.
+    executor: "torch", "triton" (the kernels, which choose their own chunks), or "auto": the kernels on CUDA.
+    """
 
     chunk_size: int = 64
+    executor: Executor = "auto"
 
     def init(self, inputs: DiagonalInputs) -> DiagonalState:
         """Zeros."""
@@ -55,13 +63,50 @@ class DiagonalDecay:
 
     def step(self, state: DiagonalState, inputs: DiagonalInputs) -> tuple[DiagonalState, Tensor]:
         """One token, inputs of length 1."""
+        if self._fused(inputs):
+            out, state = self.scan(inputs, state)
+            return state, out
         out, s = recurrent(*inputs, state.s)
         return DiagonalState(s), out
 
     def scan(self, inputs: DiagonalInputs, state: DiagonalState | None = None) -> tuple[Tensor, DiagonalState]:
-        """The chunked form. Returns (out (B, H, N, Dv) in v's dtype, final state)."""
-        out, s = chunked(*inputs, None if state is None else state.s, chunk_size=self.chunk_size)
+        """The kernels, or the chunked form. Returns (out (B, H, N, Dv) in v's dtype, final state)."""
+        s = None if state is None else state.s
+        if self._fused(inputs):
+            out, s = _kernels(inputs, s, None)
+        else:
+            out, s = chunked(*inputs, s, chunk_size=self.chunk_size)
         return out, DiagonalState(s)
+
+    def scan_documents(
+        self, inputs: DiagonalInputs, cu_seqlens: Tensor, states: DiagonalState | None
+    ) -> tuple[Tensor, DiagonalState]:
+        """See `documents.scan_documents`, which has checked the arguments."""
+        if not self._fused(inputs):
+            return one_by_one(self, inputs, cu_seqlens.tolist(), states)
+        out, s = _kernels(inputs, None if states is None else states.s, tuple(cu_seqlens.tolist()))
+        return out, DiagonalState(s)
+
+    def _fused(self, inputs: DiagonalInputs) -> bool:
+        q, k, v, _ = inputs
+        return inputs.length > 0 and fused(self.executor, q, without_triton(q) or _refuses(q, k, v))
+
+
+def _refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot serve these shapes and dtypes; None when they can."""
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > MAX_DIM:
+            return f"{name}'s head dim is {x.shape[-1]}; they take at most {MAX_DIM}"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        return f"they take q, k and v in one of float16, bfloat16, float32, not {q.dtype}, {k.dtype}, {v.dtype}"
+    return None
+
+
+def _kernels(inputs: DiagonalInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    from regard.kernels.triton.diagonal import diagonal
+
+    g = check(*inputs, s if ends is None else None)
+    return diagonal(inputs.q, inputs.k, inputs.v, g, s, ends=ends)
 
 
 def _example() -> tuple[DiagonalDecay, DiagonalInputs]:

@@ -48,6 +48,13 @@ def scan_documents(
         _check_states(states, one, len(bounds) - 1)
     if isinstance(recurrence, PackedRecurrence):
         return recurrence.scan_documents(inputs, torch.as_tensor(cu_seqlens), states)
+    return one_by_one(recurrence, inputs, bounds, states)
+
+
+def one_by_one(
+    recurrence: Recurrence[Inputs, State], inputs: Inputs, bounds: Sequence[int], states: State | None
+) -> tuple[Tensor, State]:
+    """`scan_documents`, one scan after the other; `bounds` are checked ones."""
     outs: list[Tensor] = []
     finals: list[State] = []
     for s, (start, stop) in enumerate(pairwise(bounds)):
@@ -58,7 +65,7 @@ def scan_documents(
     fields = list(zip(*finals, strict=True))
     if any(x.shape != field[0].shape for field in fields for x in field):
         raise UnsupportedError(f"{type(recurrence).__name__}: its documents end in states of different shapes")
-    return torch.cat(outs, 2), type(one)(*map(torch.cat, fields))
+    return torch.cat(outs, 2), type(finals[0])(*map(torch.cat, fields))
 
 
 def boundaries(cu_seqlens: Tensor | Sequence[int], length: int) -> list[int]:

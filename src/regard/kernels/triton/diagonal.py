@@ -1,0 +1,267 @@
+"""The diagonal-decay recurrence on a GPU, forward and backward, from two kernels: `scan_scalar` and `scan_channel`.
+
+    S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ ,   o_t = S_tᵀ q_t
+
+Where the decay is the same for all channels, every gradient is itself such a scan with the roles exchanged, dO the
+gradient of the output and dS that of the final state, "reverse" meaning pairs i ≥ j from the end:
+
+    dq = scan(dO, v, k; Sᵀ)     dk = reverse scan(v, dO, q; dSᵀ)     dv = reverse scan(k, q, dO; dS)
+
+and the state that the last one ends with is the gradient of the initial state. With a gate per channel, dq and dk are
+scans whose decay is of the values' channels. The gradient of the gates needs no further scan: a decay e^{g_s} is met by
+the pairs i ≥ s > j, so dg_s = Σ_{i ≥ s} q_i·dq_i − Σ_{j ≥ s} k_j·dk_j + ⟨S_N, dS_N⟩.
+
+Few heads and a long sequence leave a GPU idle: the sequence is then cut into pieces, whose states are found first
+(without outputs) and chained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from regard.kernels.triton.diagonal_channel import gate_gradients, scale, scan_channel
+from regard.kernels.triton.diagonal_scalar import running_sums, scan_scalar
+from regard.kernels.triton.pieces import Pieces, documents, even
+
+Kind = Literal["none", "scalar", "channel"]
+PROCESSORS = 132  # programs that keep the GPU busy (an H100's multiprocessors)
+WHOLE = 2048  # tokens under which a sequence is not cut
+
+
+@dataclass(frozen=True)
+class Launch:
+    """columns: of the state, per program; warps; pipeline stages."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+def launch(kind: Kind, of_keys: bool, columns: int, dtype: torch.dtype) -> Launch:
+    """Measured on an H100 at head dims of 128 in bfloat16; other dtypes and sizes take what fits."""
+    fits = max(16, triton.next_power_of_2(columns))
+    if dtype == torch.float32:
+        return Launch(min(32, fits), 4, 2)
+    if kind == "none" or (kind == "channel" and of_keys):
+        return Launch(min(64, fits), 4, 3)
+    return Launch(min(32, fits), 4, 3 if kind == "scalar" else 2)
+
+
+def chunk_size(n: int, dims: int, dtype: torch.dtype) -> int:
+    """Tokens at a time."""
+    if n <= 16:
+        return 16
+    return 64 if dims <= 128 and dtype.itemsize == 2 else 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """The decay made ready for all scans of a call.
+
+    sums: for "scalar", running sums (B, H, N). For "channel": qs, ks (B, H, N, Dk), total (chunks, H, Dk) and sound
+    (chunks, H) as `scale` writes them. g is the log decay, (B, H, N) or (B, H, N, Dk)."""
+
+    kind: Kind
+    pieces: Pieces
+    chunk: int
+    g: Tensor | None = None
+    sums: Tensor | None = None
+    qs: Tensor | None = None
+    ks: Tensor | None = None
+    total: Tensor | None = None
+    sound: Tensor | None = None
+
+
+def prepare(q: Tensor, k: Tensor, g: Tensor | None, pieces: Pieces, chunk: int) -> Work:
+    """One pass over the decays, parallel in all chunks."""
+    if g is None:
+        return Work("none", pieces, chunk)
+    batch, heads, n, dim = q.shape
+    grid = (pieces.longest, heads, pieces.table.shape[0])
+    if g.ndim == 3:
+        sums = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
+        running_sums[grid](g, sums, pieces.table, *g.stride(), heads, n, C=chunk, num_warps=1)
+        return Work("scalar", pieces, chunk, g, sums)
+    qs, ks = (torch.empty(batch, n, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2) for _ in range(2))
+    total = torch.empty(pieces.chunks, heads, dim, dtype=torch.float32, device=q.device)
+    sound = torch.empty(pieces.chunks, heads, dtype=torch.int32, device=q.device)
+    strides = [s for x in (q, k, g, qs) for s in x.stride()[:3]]
+    scale[grid](
+        q, k, g, qs, ks, total, sound, pieces.table, *strides, heads, dim, limit(q.dtype),
+        C=chunk, BD=max(16, triton.next_power_of_2(dim)), num_warps=8,
+    )  # fmt: skip
+    return Work("channel", pieces, chunk, g, None, qs, ks, total, sound)
+
+
+def limit(dtype: torch.dtype) -> float:
+    """How far the logarithm (base 2) of a decay may fall within a chunk, so that the dtype holds its inverse."""
+    return 10.0 if dtype == torch.float16 else 86.0
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, work: Work, state: Tensor | None,
+    *, scaled: tuple[Tensor | None, ...] = (), reverse: bool = False, beside: Tensor | None = None,
+    how: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """out (B, H, N, Dv), the state at the other end (sequences, H, Dk, Dv) float32, Σ_d out·beside (B, H, N) or None.
+
+    scaled: of a decay per channel, the scaled q and k where it is the keys', or the scaled v where it is the values'.
+    `beside` needs a decay that is not per channel."""
+    pieces, of_keys = work.pieces, len(scaled) == 2
+    if how is None:
+        how = launch(work.kind, of_keys, v.shape[3], q.dtype)
+    arguments = (q, k, v, scaled, work, reverse, how)
+    if pieces.split > 1:
+        local = _run(*arguments, None, None, wanted=False)[1]
+        state = _chain(local, state, work, of_keys, reverse)
+    out, final, dots = _run(*arguments, state, beside, wanted=True)
+    if pieces.split > 1:
+        final = final.unflatten(0, (pieces.sequences, pieces.split))[:, 0 if reverse else -1]
+    return out, final, dots
+
+
+def _chain(local: Tensor, state: Tensor | None, work: Work, of_keys: bool, reverse: bool) -> Tensor:
+    """The state that each piece starts from, (pieces, H, Dk, Dv), from what each piece leaves by itself."""
+    pieces = work.pieces
+    local = local.unflatten(0, (pieces.sequences, pieces.split))
+    starts = torch.empty_like(local)
+    before = torch.zeros_like(local[:, 0]) if state is None else state
+    order = range(pieces.split)
+    for s in reversed(order) if reverse else order:
+        starts[:, s] = before
+        if work.g is not None:  # what the piece leaves of the state before it
+            kept = work.g[:, :, slice(*pieces.spans[s])].float().sum(2).exp()
+            before = before * (
+                kept[..., None, None] if kept.ndim == 2 else kept[..., None] if of_keys else kept[:, :, None]
+            )
+        before = before + local[:, s]
+    return starts.flatten(0, 1)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, scaled: tuple[Tensor | None, ...], work: Work, reverse: bool, how: Launch,
+    state: Tensor | None, beside: Tensor | None, *, wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    batch, heads, n, rows = q.shape
+    columns, count = v.shape[3], work.pieces.table.shape[0]
+    out = torch.empty(batch, n, heads, columns, dtype=v.dtype, device=v.device).transpose(1, 2)
+    final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
+    blocks = triton.cdiv(columns, how.columns)
+    grid = (blocks, heads, count)
+    start = final if state is None else state.float().contiguous()
+    shared: dict[str, Any] = {
+        "C": work.chunk, "BK": max(16, triton.next_power_of_2(rows)), "BV": how.columns, "REVERSE": reverse,
+        "OUT": wanted, "START": state is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "STAGES": how.stages, "num_warps": how.warps, "num_stages": how.stages,
+    }  # fmt: skip
+    strides = [s for x in (q, k, v) for s in x.stride()[:3]]
+    if work.kind == "channel":
+        assert work.g is not None
+        qs, ks, vs = (*scaled, None) if len(scaled) == 2 else (None, None, *scaled)
+        strides += [s for x in (vs if qs is None else qs, work.g, out) for s in x.stride()[:3]]  # type: ignore[union-attr]
+        scan_channel[grid](
+            q, k, v, qs, ks, vs, work.g, work.total, work.sound, out, start, final, work.pieces.table,
+            *strides, heads, rows, columns, limit(q.dtype), KEYS=qs is not None, **shared,
+        )  # fmt: skip
+        return out, final, None
+    dots = None if beside is None else torch.empty(blocks, batch, heads, n, dtype=torch.float32, device=v.device)
+    x, sums = (v, final) if beside is None or dots is None else (beside, dots)
+    block_step, row_step = (0, 0) if dots is None else dots.stride()[:2]
+    strides += [*out.stride()[:3], *x.stride()[:3], block_step, row_step]
+    gates = final if work.sums is None else work.sums
+    scan_scalar[grid](
+        q, k, v, gates, out, start, final, x, sums, work.pieces.table, *strides, heads, n, rows, columns,
+        DECAY=work.sums is not None, DOTS=dots is not None, **shared,
+    )  # fmt: skip
+    return out, final, None if dots is None else dots.sum(0)
+
+
+class _Diagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, pieces: Pieces, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        work = prepare(q, k, g, pieces, chunk)
+        out, final, _ = scan(q, k, v, work, state, scaled=(work.qs, work.ks))
+        ctx.save_for_backward(q, k, v, g, state, final)
+        ctx.pieces, ctx.chunk = pieces, chunk
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, g, state, final = ctx.saved_tensors
+        work = prepare(q, k, g, ctx.pieces, ctx.chunk)
+        dout = torch.zeros_like(v) if dout is None else _rows(dout.to(v.dtype))
+        gated = ctx.needs_input_grad[3]
+        beside = (q, k) if gated and work.kind == "scalar" else (None, None)
+        turned = [None if s is None else s.mT for s in (state, dfinal)]
+        dq, _, q_dots = scan(dout, v, k, work, turned[0], scaled=(work.ks,), beside=beside[0])
+        dk, _, k_dots = scan(v, dout, q, work, turned[1], scaled=(work.qs,), reverse=True, beside=beside[1])
+        dv, dstate, _ = scan(k, q, dout, work, dfinal, scaled=(work.ks, work.qs), reverse=True)
+        dg = None
+        if gated:
+            ends = torch.zeros_like(final) if dfinal is None else final * dfinal
+            if q_dots is not None and k_dots is not None:
+                dg = _scalar_gates(q_dots - k_dots, ends.sum((-1, -2)), work.pieces)
+            else:
+                dg = _channel_gates(q, dq, k, dk, ends.sum(-1), work)
+        return dq, dk, dv, dg, dstate if ctx.needs_input_grad[4] else None, None, None
+
+
+def _scalar_gates(change: Tensor, ends: Tensor, pieces: Pieces) -> Tensor:
+    """Σ_{t ≥ s} change_t within each sequence, and what its final state adds: (B, H, N) from ends (sequences, H)."""
+    later = change.double().flip(2).cumsum(2).flip(2)
+    if pieces.spans:
+        return (later + ends[..., None]).float()
+    begins, stops = (pieces.table[:, i].long() for i in (1, 2))
+    after = torch.nn.functional.pad(later, (0, 1))[0][:, stops]  # (H, sequences): what lies behind each document
+    return (later[0] - (after - ends.mT.double()).repeat_interleave(stops - begins, 1))[None].float()
+
+
+def _channel_gates(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, ends: Tensor, work: Work) -> Tensor:
+    batch, heads, n, dim = q.shape
+    pieces = work.pieces if work.pieces.split == 1 else even(batch, n, 1, work.chunk, q.device)
+    dg = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=q.device)
+    width = min(32, triton.next_power_of_2(dim))
+    strides = [s for x in (q, dq, k, dk, dg) for s in x.stride()[:3]]
+    gate_gradients[(triton.cdiv(dim, width), heads, pieces.table.shape[0])](
+        q, dq, k, dk, dg, ends.contiguous(), pieces.table, *strides, heads, dim, C=64, BD=width, num_warps=4
+    )
+    return dg
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With channels side by side in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def diagonal(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None,
+    *, ends: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (B, H, N, Dv) in v's dtype and the final state (B, H, Dk, Dv) float32, differentiable in all tensors.
+
+    q, k (B, H, N, Dk), v (B, H, N, Dv), log_decay None or four axes that broadcast to (B, H, N, Dk), state (B, H, Dk,
+    Dv), checked by the caller. ends (0, …, N): documents packed into one row (B = 1); states are then one per document.
+    """
+    batch, heads, n, dim = q.shape
+    q, k, v = (_rows(x) for x in (q, k, v))
+    g = log_decay
+    if g is not None:
+        per_channel = g.shape[3] > 1
+        g = g.expand(batch, heads, n, dim) if per_channel else g.expand(batch, heads, n, 1)[..., 0]
+        g = _rows(g) if per_channel else g
+    chunk = chunk_size(n, max(dim, v.shape[3]), q.dtype)
+    if ends is not None:
+        pieces = documents(ends, chunk, q.device)
+    else:
+        programs = batch * heads * -(-v.shape[3] // 32)
+        split = 1 if n < WHOLE or programs * 2 > PROCESSORS else min(2 * PROCESSORS // programs, n // (WHOLE // 2))
+        pieces = even(batch, n, split, chunk, q.device)
+    return _Diagonal.apply(q, k, v, g, state, pieces, chunk)

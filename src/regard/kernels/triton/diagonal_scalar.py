@@ -1,0 +1,100 @@
+"""One scan for diagonal decays that are the same for all channels: none, fixed per head, or one gate per token.
+
+    forward   o_i = Σ_{j ≤ i} e^{b_i − b_j} (q_i·k_j) v_j + e^{b_i} Sᵀ q_i        b: running sums of the log decays
+    reverse   o_j = Σ_{i ≥ j} e^{b_i − b_j} (q_j·k_i) v_i + e^{b_N − b_j} Sᵀ q_j
+
+The reverse is what the backward is made of: exchange the roles of q, k, v and the output's gradient, and all three
+gradients are scans (`diagonal`). One program holds the state of one head and BV value columns in registers and walks
+its piece of the sequence in chunks of C; nothing but inputs, outputs and states touches memory.
+
+The running sums of each chunk (`running_sums`) are taken before, in base 2: a scan inside the loop costs more than the
+matrix products. A log decay under −160 counts as −160: 2^−160 is zero in float32, so −inf forgets
+exactly and no difference of infinities arises. Only loaded tiles are ever transposed: a transposed accumulator gives
+wrong numbers on Hopper with some versions of Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(base, at, step, index, dims, count, width):
+    """(index, dims): rows at + index of a matrix, `step` apart; zeros from row `count` and from column `width` on."""
+    inside = ((at + index) < count)[:, None] & (dims < width)[None]
+    return tl.load(base + at.to(tl.int64) * step + index[:, None] * step + dims[None], mask=inside, other=0.0)
+
+
+@triton.jit
+def running_sums(G, Sums, Pieces, sgb, sgh, sgn, heads, length, C: tl.constexpr):
+    """Sums (B, H, N) float32: Σ of the log decays G (B, H, N), in base 2, from a chunk's first token to each."""
+    n, h, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(Pieces + piece * 4).to(tl.int64)
+    at = tl.load(Pieces + piece * 4 + 1) + n * C + tl.arange(0, C)
+    inside = at < tl.load(Pieces + piece * 4 + 2)
+    g = tl.load(G + row * sgb + h.to(tl.int64) * sgh + at.to(tl.int64) * sgn, mask=inside, other=0.0).to(tl.float32)
+    b = tl.cumsum(tl.maximum(g * 1.4426950408889634, -160.0), 0)
+    tl.store(Sums + (row * heads + h) * length + at, b, mask=inside)
+
+
+@triton.jit
+def scan_scalar(
+    Q, K, V, Sums, Out, Start, Final, Beside, Dots, Pieces,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sxb, sxh, sxn, sdv, sdb,
+    heads, length, DK, DV,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    OUT: tl.constexpr, START: tl.constexpr, DOTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One piece of one head, BV value columns.
+
+    Q, K (B, H, N, DK), V, Out, Beside (B, H, N, DV) by strides; Sums (B, H, N) and Start, Final (pieces, H, DK, DV)
+    float32 and contiguous; Pieces as `pieces.Pieces` says. OUT: outputs are wanted, not the state alone.
+    DOTS: Dots (blocks of BV, B, H, N) gets Σ_d out·Beside, float32, before `out` is rounded.
+    """
+    block, h, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.load(Pieces + piece * 4).to(tl.int64)
+    begin, end = tl.load(Pieces + piece * 4 + 1), tl.load(Pieces + piece * 4 + 2)
+    c, dk, dv = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    seen = (c[:, None] <= c[None]) if REVERSE else (c[:, None] >= c[None])
+    state = tl.zeros([BK, BV], tl.float32)
+    entry = (piece * heads + h) * DK * DV + dk[:, None] * DV + dv[None]
+    held = (dk < DK)[:, None] & (dv < DV)[None]
+    if START:
+        state = tl.load(Start + entry, mask=held, other=0.0)
+    q_base, k_base, v_base = Q + row * sqb + h * sqh, K + row * skb + h * skh, V + row * svb + h * svh
+    sums, out_base = Sums + (row * heads + h) * length, Out + row * sob + h * soh
+    chunks = tl.cdiv(end - begin, C)
+    for n in tl.range(0, chunks, num_stages=STAGES):
+        at = begin + ((chunks - 1 - n) if REVERSE else n) * C
+        k, v = tile(k_base, at, skn, c, dk, end, DK), tile(v_base, at, svn, c, dv, end, DV)
+        if DECAY:
+            b, total = tl.load(sums + at + c, mask=at + c < end, other=0.0), tl.load(sums + tl.minimum(at + C, end) - 1)
+            if REVERSE:
+                read, write = tl.exp2(total - b), tl.exp2(b)
+            else:
+                read, write = tl.exp2(b), tl.exp2(total - b)
+            kept = tl.exp2(total)
+        if OUT:
+            q = tile(q_base, at, sqn, c, dk, end, DK)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            acc = tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
+            if DECAY:
+                apart = (b[None] - b[:, None]) if REVERSE else (b[:, None] - b[None])
+                logits = logits * tl.exp2(tl.where(seen, apart, -float("inf")))
+                acc = acc * read[:, None]
+            else:
+                logits = tl.where(seen, logits, 0.0)
+            acc = tl.dot(logits.to(v.dtype), v, acc, input_precision=PRECISION)
+            inside = (at + c < end)[:, None] & (dv < DV)[None]
+            there = out_base + at.to(tl.int64) * son + c[:, None] * son + dv[None]
+            tl.store(there, acc.to(Out.dtype.element_ty), mask=inside)
+            if DOTS:
+                x = tile(Beside + row * sxb + h * sxh, at, sxn, c, dv, end, DV).to(tl.float32)
+                line = Dots + block * sdv + row * sdb + h.to(tl.int64) * length + at
+                tl.store(line + c, tl.sum(acc * x, 1), mask=at + c < end)
+        if DECAY:
+            state = state * kept
+            v = (v * write[:, None]).to(v.dtype)
+        state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
+    tl.store(Final + entry, state, mask=held)

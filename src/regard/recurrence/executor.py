@@ -1,0 +1,48 @@
+"""Which executor runs a recurrence: plain torch, or the Triton kernels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from regard.errors import UnknownNameError, UnsupportedError
+
+Executor = Literal["auto", "torch", "triton"]
+_announced: set[str] = set()
+
+
+def without_triton(q: Tensor) -> str | None:
+    """Why no Triton kernel can run on the device of `q`; None when it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels run on CUDA (or anywhere, slowly, under TRITON_INTERPRET=1)"
+    return None
+
+
+def fused(executor: Executor, q: Tensor, refusal: str | None) -> bool:
+    """Whether the kernels are to run, given why they refuse (None: they do not).
+
+    "auto" takes them on CUDA and says once when it cannot; "triton" insists and raises UnsupportedError; "torch" never.
+    """
+    if executor not in get_args(Executor):
+        raise UnknownNameError("executor", str(executor), get_args(Executor))
+    if executor == "triton":
+        if refusal is not None:
+            raise UnsupportedError(f"executor='triton' refuses: {refusal}; executor='torch' serves it")
+        return True
+    if executor == "torch" or not q.is_cuda:
+        return False
+    if (
+        refusal is not None and q.dtype != torch.float64 and refusal not in _announced
+    ):  # float64 is asked for on purpose
+        _announced.add(refusal)
+        warnings.warn(
+            f"this recurrence runs in plain torch on a GPU because its kernels refuse: {refusal}", stacklevel=4
+        )
+    return refusal is None

@@ -1,0 +1,111 @@
+"""The diagonal-decay kernels against the torch reference in float64, forward and all gradients.
+
+Run as a program: without an argument the tiny cases, for Triton's interpreter; with a kind of decay, on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from regard.kernels.triton import diagonal as kernels
+from regard.recurrence import DiagonalDecay, DiagonalInputs, DiagonalState
+from regard.recurrence.documents import scan_documents
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("out", "state", "dq", "dk", "dv", "dg", "dstate")
+
+
+def log_decay(kind: str, batch: int, heads: int, n: int, dim: int) -> Tensor | None:
+    """none; fixed per head; scalar and channel gates; "extreme": gates of −30, −inf and 0 among them."""
+    if kind == "none":
+        return None
+    if kind == "fixed":
+        return -torch.rand(heads) * 3
+    g = -torch.rand(batch, heads, n, 1 if "scalar" in kind else dim) * 0.2
+    if "extreme" in kind:
+        u = torch.rand_like(g)
+        g = g.masked_fill(u < 0.1, -30.0).masked_fill((u > 0.9) & (u < 0.95), 0.0).masked_fill(u > 0.95, -torch.inf)
+    return g
+
+
+def errors(
+    kind: str,
+    n: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    ends: tuple[int, ...] | None = None,
+    carried: bool = True,
+) -> dict[str, float]:
+    """Relative errors (Frobenius) against float64."""
+    sequences = batch if ends is None else len(ends) - 1
+    batch = batch if ends is None else 1
+    q, k, v = (torch.randn(batch, n, heads, d).transpose(1, 2) * 0.5 for d in (dims[0], *dims))
+    g, s = log_decay(kind, batch, heads, n, dims[0]), torch.randn(sequences, heads, *dims) if carried else None
+    given = [x if x is None else x.to(DEVICE) for x in (q.to(dtype), k.to(dtype), v.to(dtype), g, s)]
+    weights: list[Tensor] = []
+    results = []
+    for executor, cast in (("triton", lambda x: x), ("torch", lambda x: x.double())):
+        leaves = [x if x is None else cast(x.detach()).requires_grad_() for x in given]
+        inputs, recurrence = DiagonalInputs(*leaves[:4]), DiagonalDecay(executor=executor)  # type: ignore[arg-type]
+        state = None if s is None else DiagonalState(leaves[4])  # type: ignore[arg-type]
+        if ends is None:
+            out, final = recurrence.scan(inputs, state)
+        else:
+            out, final = scan_documents(recurrence, inputs, ends, state)
+        weights = weights or [torch.randn_like(x.double()) for x in (out, final.s)]
+        loss = (out.double() * weights[0]).sum() + (final.s.double() * weights[1]).sum()
+        held = [x for x in leaves if x is not None]
+        grads = iter(torch.autograd.grad(loss, held))
+        results.append([out, final.s, *(None if x is None else next(grads) for x in leaves)])
+    found = {}
+    for name, ours, truth in zip(NAMES, *results, strict=True):
+        if ours is not None:
+            assert ours.isfinite().all(), (kind, n, dims, name)
+            found[name] = float((ours.double() - truth).norm() / truth.norm().clamp(min=1e-9))
+    return found
+
+
+def expect(limit: float, found: dict[str, float], *about: object) -> None:
+    assert max(found.values()) < limit, (about, found)
+    print(*about, {name: f"{error:.1e}" for name, error in found.items()})
+
+
+def small() -> None:
+    """What the interpreter can do in seconds."""
+    exact = 2e-5
+    for kind in ("none", "fixed", "scalar", "channel"):
+        for n, dims in ((1, (16, 16)), (33, (16, 24)), (70, (24, 16))):
+            expect(exact, errors(kind, n, dims, torch.float32), kind, n, dims)
+    for kind in ("scalar extreme", "channel extreme"):
+        expect(exact, errors(kind, 70, (16, 16), torch.float32, batch=1), kind)
+    kernels.WHOLE = 64  # so that so short a sequence is cut
+    for kind in ("none", "scalar", "channel"):
+        expect(exact, errors(kind, 75, (16, 16), torch.float32, ends=(0, 1, 34, 75)), kind, "documents")
+        expect(exact, errors(kind, 40, (16, 16), torch.float32, carried=False), kind, "no state")
+        expect(exact, errors(kind, 100, (16, 16), torch.float32, batch=1), kind, "cut")
+
+
+def large(kind: str) -> None:
+    """Lengths, sizes and dtypes in use. dg, a difference of two long sums, is given four times as much."""
+    sizes = [(n, (64, 64)) for n in (1, 63, 64, 65, 500, 2049)]
+    sizes += [(130, dims) for dims in ((32, 64), (128, 128), (256, 128), (100, 256))]
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.02), (torch.float16, 0.02)):
+        for n, dims in sizes:
+            found = errors(kind, n, dims, dtype, batch=1)
+            worst = max(error / (4 if name == "dg" else 1) for name, error in found.items())
+            assert worst < limit, (kind, n, dims, dtype, found)
+        print(kind, dtype, {name: f"{error:.1e}" for name, error in found.items()})
+    expect(1e-4, errors(kind, 4000, (64, 64), torch.float32, batch=1, heads=1), kind, "cut")
+    expect(1e-4, errors(kind, 3000, (64, 64), torch.float32, ends=(0, 700, 701, 3000)), kind, "documents")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    large(sys.argv[1]) if sys.argv[1:] else small()
+    print("agree")

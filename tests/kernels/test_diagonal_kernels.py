@@ -1,0 +1,50 @@
+"""The diagonal-decay kernels, in Triton's CPU interpreter at tiny shapes and on a GPU at those that are used.
+
+The interpreter must be chosen before Triton is imported, so the checks (`diagonal_checks`) run as a program.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from regard.errors import UnsupportedError
+from regard.recurrence import DiagonalDecay, DiagonalInputs
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def check(*arguments: str, interpret: bool) -> None:
+    environment = dict(os.environ, TRITON_INTERPRET="1" if interpret else "0", PYTHONPATH=os.pathsep.join(sys.path))
+    if interpret:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    program = [sys.executable, "-m", "tests.kernels.diagonal_checks", *arguments]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and done.stdout.endswith("agree\n"), done.stdout[-1000:] + done.stderr[-2000:]
+
+
+def test_in_the_interpreter() -> None:
+    check(interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "fixed", "scalar", "channel", "scalar extreme", "channel extreme"])
+def test_on_a_gpu(kind: str) -> None:
+    check(kind, interpret=False)
+
+
+def test_what_the_kernels_refuse_is_said_with_who_serves_it() -> None:
+    x = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(UnsupportedError, match=r"run on CUDA.*executor='torch' serves it"):
+        DiagonalDecay(executor="triton").scan(DiagonalInputs(x, x, x))
+
+
+def test_an_unknown_executor_is_refused() -> None:
+    x = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="executor"):
+        DiagonalDecay(executor="cuda").scan(DiagonalInputs(x, x, x))  # type: ignore[arg-type]
