@@ -13,6 +13,7 @@ from regard.recurrence import DiagonalDecay, DiagonalInputs
 from regard.recurrence.delta_rule import DeltaInputs, DeltaRule
 from regard.recurrence.dsf import LinearSystem, linear_system, mixing_matrix
 from regard.recurrence.feature_maps import elu_plus_one, taylor
+from regard.recurrence.hgrn import HGRN, HGRNInputs
 from regard.recurrence.normalized import NormalisedLinearAttention
 from regard.recurrence.prefix_softmax import PrefixInputs, PrefixSoftmax
 from regard.registry import lookup
@@ -46,6 +47,14 @@ def some() -> dict[str, tuple]:
         ),
         "prefix softmax": (PrefixSoftmax(4), PrefixInputs(scores, v)),
     }
+
+
+def test_channels_that_decay_apart_are_heads_apart() -> None:
+    u, g = draw(5), -draw(5).abs()
+    system = linear_system(HGRN(), HGRNInputs(u, g))
+    torch.testing.assert_close(mixing_matrix(HGRN(), HGRNInputs(u, g), "u").flatten(1, 2), system.matrix(), **EXACT)
+    apart = system.run(u.mT.flatten(1, 2)[..., None])[..., 0].unflatten(1, (3, 5)).mT
+    torch.testing.assert_close(apart, HGRN().scan(HGRNInputs(u, g))[0], **EXACT)
 
 
 def unrolled(system: LinearSystem) -> Tensor:

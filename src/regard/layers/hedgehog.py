@@ -19,7 +19,7 @@ from regard.layers.recurrent import (
     positions,
     seen,
     split_heads,
-)  # fmt: skip
+)
 from regard.layers.rotary import rotate
 from regard.patterns import Pattern, causal, full
 from regard.recurrence import DiagonalInputs
@@ -28,7 +28,7 @@ from regard.recurrence.feature_maps import (
     hedgehog_exp_of_queries,
     hedgehog_joint_softmax,
     hedgehog_softmax_halves,
-)  # fmt: skip
+)
 from regard.recurrence.normalized import NormalisedLinearAttention
 from regard.registry import Paper, mechanism
 

@@ -21,6 +21,7 @@ from regard.recurrence.contract import Recurrence
 from regard.recurrence.delta_rule import DeltaInputs, DeltaRule
 from regard.recurrence.diagonal import prepare
 from regard.recurrence.diagonal_decay import DiagonalDecay, DiagonalInputs
+from regard.recurrence.hgrn import HGRN, HGRNInputs
 from regard.recurrence.normalized import NormalisedLinearAttention
 from regard.recurrence.prefix_softmax import PrefixInputs, PrefixSoftmax
 from regard.registry import Paper
@@ -111,6 +112,13 @@ def _prefix(recurrence: PrefixSoftmax, inputs: PrefixInputs) -> LinearSystem:
     so_far = scores.logcumsumexp(-1)
     b = (scores - so_far.masked_fill(so_far == -torch.inf, 0.0)).exp()
     return LinearSystem((1 - b)[..., None, None], b[..., None], torch.ones_like(b)[..., None], torch.zeros_like(b))
+
+
+@linear_system.register
+def _hgrn(recurrence: HGRN, inputs: HGRNInputs) -> LinearSystem:
+    """n = 1 and a head per channel, (B, H·D, N): Λ_i = e^{g_i}, b_i = c_i = 1. No state expansion."""
+    kept = inputs.log_decay.exp().mT.flatten(1, 2)[..., None]
+    return LinearSystem(kept[..., None], torch.ones_like(kept), torch.ones_like(kept), torch.zeros_like(kept[..., 0]))
 
 
 def mixing_matrix(recurrence: Recurrence[Any, Any], inputs: Any, values: str = "v") -> Tensor:

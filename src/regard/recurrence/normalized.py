@@ -54,18 +54,19 @@ class NormalisedLinearAttention:
     def mix(self, inputs: DiagonalInputs, state: DiagonalState | None = None) -> tuple[Tensor, DiagonalState]:
         """Without causality: every token reads all tokens of `inputs` and what the state holds. No decay."""
         require(inputs.log_decay is None, "log_decay", "a tensor", "None: without an order nothing decays")
-        v = with_ones(inputs).v
-        s = inputs.k.to(v.dtype).mT @ v
+        q, k, v, _ = with_ones(inputs)
+        s = k.mT @ v
         if state is not None:
             require(state.s.shape == s.shape, "state", tuple(state.s.shape), f"{tuple(s.shape)}: (B, H, Dk, Dv + 1)")
             s = s + state.s
-        return normalise(inputs.q.to(s.dtype) @ s, self.eps).to(inputs.v.dtype), DiagonalState(s)
+        return normalise(q.to(s.dtype) @ s, self.eps).to(inputs.v.dtype), DiagonalState(s)
 
 
 def with_ones(inputs: DiagonalInputs) -> DiagonalInputs:
-    """The same inputs, values in at least float32 and with a last column of ones."""
-    v = inputs.v.to(accumulation_dtype(inputs.q, inputs.k, inputs.v))
-    return inputs._replace(v=torch.cat([v, torch.ones_like(v[..., :1])], -1))
+    """The same inputs in at least float32, the values with a last column of ones."""
+    dtype = accumulation_dtype(inputs.q, inputs.k, inputs.v)
+    q, k, v = (x.to(dtype) for x in inputs[:3])
+    return inputs._replace(q=q, k=k, v=torch.cat([v, torch.ones_like(v[..., :1])], -1))
 
 
 def normalise(sums: Tensor, eps: float) -> Tensor:
