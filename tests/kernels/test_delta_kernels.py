@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Inputs = list[Tensor | None]  # q, k, v, beta, log_decay, state
+NAMES = ("q", "k", "v", "beta", "log_decay", "state")
+Inputs = list[Tensor | None]  # in the order of NAMES
 
 
 def definition(
@@ -75,7 +76,13 @@ def errors(inputs: Inputs, ends: tuple[int, ...] | None = None, chunk: int = 64)
     out, final = delta_rule(*given, ends=ends, how=how)
     assert out.dtype == v.dtype and final.dtype == torch.float32
     true = packed(given, ends) if ends is not None else definition(*given)
-    compared = {"out": (out, true[0]), "final": (final, true[1])}
+    dout, dfinal = torch.randn_like(out), torch.randn_like(final)
+    present = {name: x for name, x in zip(NAMES, given, strict=True) if x is not None}
+    ours = torch.autograd.grad((out, final), list(present.values()), (dout, dfinal))
+    truth = torch.autograd.grad(true, list(present.values()), (dout.double(), dfinal.double()))
+    compared = {"out": (out, true[0]), "final": (final, true[1])} | dict(
+        zip(present, zip(ours, truth, strict=True), strict=True)
+    )
     return {name: worst(a, b) for name, (a, b) in compared.items()}
 
 

@@ -9,7 +9,8 @@ In a chunk of C tokens, with b the running sum of g, γ = e^b, Γ_ij = e^{b_i �
 
 Two kernels (DeltaNet's chunks: Yang et al. 2024, arXiv 2406.06484; with gates: arXiv 2412.06464). `factors`, parallel
 over chunks, makes T, P and the gates: all that does not depend on the state. `scan` walks a sequence with BV columns of
-its state in registers. The state is never written to memory, except for the backward, which runs the scan again.
+its state in registers. The state is never written to memory, except for the backward, which runs the scan again
+(`delta_rule_backward`).
 
 T is found by forward substitution in blocks of 16, which are then merged: (I + A)⁻¹ is bounded, but powers of A are not
 (keys that resemble each other make them explode), so no series of powers is used.
@@ -26,14 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from regard.errors import UnsupportedError, require
-from regard.kernels.triton.delta_rule_layout import Chunks, Launches, between, decays, documents, even, launches
-
-
-@triton.jit
-def tile(base, at, step, index, dims, end, width):
-    """Rows at + index of a matrix whose rows are `step` apart: (index, dims), zeros from row `end`, column `width`."""
-    inside = ((at + index) < end)[:, None] & (dims < width)[None]
-    return tl.load(base + at.to(tl.int64) * step + index[:, None] * step + dims[None], mask=inside, other=0.0)
+from regard.kernels.triton.delta_rule_backward import gradients_of
+from regard.kernels.triton.delta_rule_layout import (
+    Chunks,
+    Launches,
+    between,
+    compiled_for,
+    decays,
+    documents,
+    even,
+    launches,
+    strides,
+    tile,
+)
 
 
 @triton.jit
@@ -159,17 +165,23 @@ class _DeltaRule(torch.autograd.Function):
         batch, heads, n, _ = q.shape
         out = torch.empty(batch, n, heads, v.shape[3], dtype=v.dtype, device=v.device).transpose(1, 2)
         final = _scan(q, k, v, t, p, gates, state, chunks, how, out=out)
+        ctx.save_for_backward(q, k, v, beta, g, state, t, p, gates)
+        ctx.chunks, ctx.how = chunks, how
+        ctx.set_materialize_grads(False)
         return out, final
 
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [s for x in tensors for s in x.stride()[:3]]
-
-
-def _shared(q: Tensor, chunk: int) -> dict[str, Any]:
-    """What every kernel is compiled for."""
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return {"C": chunk, "BK": max(16, triton.next_power_of_2(q.shape[3])), "PRECISION": precision}
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, beta, g, state, t, p, gates = ctx.saved_tensors
+        chunks, how = ctx.chunks, ctx.how
+        count, heads, chunk = t.shape[:3]
+        states = torch.empty(count, heads, q.shape[3], v.shape[3], dtype=q.dtype, device=q.device)
+        written = torch.empty(count, heads, chunk, v.shape[3], dtype=q.dtype, device=q.device)
+        _scan(q, k, v, t, p, gates, state, chunks, how, kept=(states, written))
+        dout = torch.zeros_like(v) if dout is None else dout.to(v.dtype)
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        found = gradients_of(q, k, v, beta, g, t, p, gates, states, written, dout, dfinal, chunks, how)
+        return *found[:5], found[5] if ctx.needs_input_grad[5] else None, None, None, None
 
 
 def _factors(
@@ -182,9 +194,9 @@ def _factors(
     if count * heads:
         decay = beta if g is None else g
         factors[(count, heads)](
-            q, k, beta, decay, t, p, gates, chunks.table, *_strides(q, k, beta, decay), heads, q.shape[3],
+            q, k, beta, decay, t, p, gates, chunks.table, *strides(q, k, beta, decay), heads, q.shape[3],
             LEVELS=(chunk // 16).bit_length() - 1, BD=how.factors.columns, DECAY=g is not None, MERGE=how.merge,
-            num_warps=how.factors.warps, num_stages=how.factors.stages, **_shared(q, chunk),
+            num_warps=how.factors.warps, num_stages=how.factors.stages, **compiled_for(q, chunk),
         )  # fmt: skip
     return t, p, gates
 
@@ -200,9 +212,9 @@ def _scan(
     if count * heads:
         scan[(triton.cdiv(columns, how.scan.columns), heads, count)](
             q, k, v, t, p, gates, v if out is None else out, final if state is None else state, final, states, written,
-            chunks.sequences, *_strides(q, k, v, v if out is None else out), heads, rows, columns,
+            chunks.sequences, *strides(q, k, v, v if out is None else out), heads, rows, columns,
             BV=how.scan.columns, START=state is not None, OUT=out is not None, KEEP=kept is not None,
-            STAGES=how.scan.stages, num_warps=how.scan.warps, num_stages=how.scan.stages, **_shared(q, t.shape[-1]),
+            STAGES=how.scan.stages, num_warps=how.scan.warps, num_stages=how.scan.stages, **compiled_for(q, t.shape[-1]),
         )  # fmt: skip
     return final
 

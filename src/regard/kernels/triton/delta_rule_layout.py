@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
@@ -82,6 +83,27 @@ def _cut(spans: list[tuple[int, int, int]], chunk: int, device: torch.device) ->
         table += [(row, at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
     sizes = ((sequences, 4), (table, 3))
     return Chunks(*(torch.tensor(x, dtype=torch.int32, device=device).view(-1, size) for x, size in sizes))
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [s for x in tensors for s in x.stride()[:3]]
+
+
+def precision(q: Tensor) -> str:
+    """Of products: exact for float32; half precision has but one."""
+    return "ieee" if q.dtype == torch.float32 else "tf32"
+
+
+def compiled_for(q: Tensor, chunk: int) -> dict[str, Any]:
+    """The chunk, the block of keys' channels and the precision that a kernel with the whole state is compiled for."""
+    return {"C": chunk, "BK": max(16, triton.next_power_of_2(q.shape[3])), "PRECISION": precision(q)}
+
+
+@triton.jit
+def tile(base, at, step, index, dims, end, width):
+    """Rows at + index of a matrix whose rows are `step` apart: (index, dims), zeros from row `end`, column `width`."""
+    inside = ((at + index) < end)[:, None] & (dims < width)[None]
+    return tl.load(base + at.to(tl.int64) * step + index[:, None] * step + dims[None], mask=inside, other=0.0)
 
 
 @triton.jit
