@@ -47,7 +47,9 @@ def append(store: RaggedKV, model: Model, rng: random.Random, n: int, padding: b
     marks_k, marks_v, positions = (x.to(store.device) for x in (marks_k, marks_v, positions))
     k = marks_k[..., None].repeat(1, 1, 1, KEY)
     v = marks_v.transpose(1, 2).contiguous().transpose(1, 2)[..., None].expand(-1, -1, -1, VALUE)  # strided on purpose
-    store.append(k, v, positions, real if padding or rng.random() < 0.5 else None)
+    alike = not padding and len(set(model.seen)) == 1
+    first = int(positions[0, 0]) if alike and n and rng.random() < 0.8 else None
+    store.append(k, v, positions, real if padding or rng.random() < 0.5 else None, first)
 
 
 def keep(store: RaggedKV, model: Model, rng: random.Random, alike: bool) -> None:
@@ -199,6 +201,33 @@ def test_any_sequence_of_operations(
 ) -> None:
     store = RaggedKV(batch, heads, KEY, VALUE, torch.float32, "cpu")
     run(store, [*beginning, *steps], random.Random(seed))
+
+
+def test_positions_numbered_ahead_stay_true() -> None:
+    """Of rows alike a page's positions are written before its tokens come: whatever moves slots must be noticed."""
+
+    def add(store: RaggedKV, *numbers: int, first: int | None = None, real: torch.Tensor | None = None) -> None:
+        new = torch.zeros(store.batch, 1, len(numbers), 2)
+        store.append(new, new, torch.tensor(numbers).expand(store.batch, -1), real, first)
+
+    dropped = RaggedKV(1, 1, 2, 2, torch.float32, "cpu")
+    add(dropped, 0, 1, 2, first=0)
+    dropped.drop(torch.tensor([[1]]))
+    add(dropped, 3, first=3)
+    assert dropped.padded()[2].tolist() == [[[0, 2, 3]]]
+    named = RaggedKV(1, 1, 2, 2, torch.float32, "cpu")
+    add(named, 0, 1, 2, first=0)
+    add(named, 7)
+    named.drop(torch.tensor([[3]]))
+    add(named, 3, first=3)
+    assert named.padded()[2].tolist() == [[[0, 1, 2, 3]]]
+    padded = RaggedKV(2, 1, 2, 2, torch.float32, "cpu")
+    add(padded, 0, 1, first=0)
+    add(padded, 9, 2, 3, real=torch.tensor([[False, True, True], [False, False, True]]))
+    padded.crop(torch.tensor([2, 2]))
+    add(padded, 2, 3, first=2)
+    assert padded.padded()[2].tolist() == [[[0, 1, 2, 3]]] * 2
+    assert dropped.fork().state()["positions"].tolist() == [0, 2, 3]
 
 
 @pytest.mark.gpu

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from regard.inference.store import KVStore
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What `update` handed to the model in one forward, so that attention can tell where its keys come from.
 
     Held weakly: a prompt's keys and values are in the store, and no layer's second copy of them must outlive its use.
@@ -79,7 +78,7 @@ class KVLayer(CacheLayerMixin):
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
-        self.storage.append(key_states, value_states, now.positions, now.real)
+        self.storage.append(key_states, value_states, now.positions, now.real, now.first)
         if self.limits is not None and now.n > 1:  # appended whole, until sealed again
             self.limits = torch.maximum(self.limits, self.storage.lengths)
         fresh, direct = now.offset == 0, self.direct
@@ -94,10 +93,11 @@ class KVLayer(CacheLayerMixin):
 
     def _stand_in(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         assert self.storage is not None
-        shape = (*k.shape[:2], self.storage.longest)
-        keys = self.store.stand_in((*shape, k.shape[3]), k)
-        values = keys if v.shape[3] == k.shape[3] else self.store.stand_in((*shape, v.shape[3]), v)
-        return keys, values
+        storage = self.storage
+        shape = (storage.batch, storage.heads, storage.longest)
+        keys = self.store.stand_in((*shape, storage.key_dim), k)
+        same = storage.value_dim == storage.key_dim
+        return keys, keys if same else self.store.stand_in((*shape, storage.value_dim), v)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -188,24 +188,27 @@ class KVLayer(CacheLayerMixin):
     # ---- attention
 
     def decode(self, q: Tensor, logits: Logits) -> Tensor:
-        """One new token per row against the storage itself: (B, Hq, 1, Dv). No gathering, no copy."""
-        assert self.storage is not None
+        """One new token q (B, Hq, 1, D) per row against the storage itself: (B, 1, Hq, Dv). No gathering, no copy."""
+        storage = self.storage
+        assert storage is not None
         self.observed.logits = logits
+        batch, heads, _, width = q.shape
         causal = logits.recipe.causal
-        held = self.storage.side_by_side() if causal and logits.softcap is None and logits.sinks is None else None
+        held = storage.side_by_side() if causal and logits.softcap is None and logits.sinks is None else None
         if held is not None:  # the common case: every head sees all it holds
-            batch, kv_heads = held[0].shape[:2]
-            stacked = q.reshape(batch, kv_heads, -1, q.shape[-1])
-            return scaled_dot_product_attention(stacked, *held, scale=logits.scale).reshape(*q.shape[:3], -1)
+            stacked = q.reshape(batch, storage.heads, heads // storage.heads, width)
+            out = scaled_dot_product_attention(stacked, *held, scale=logits.scale)
+            return out.reshape(batch, 1, heads, storage.value_dim)
         visible = None if causal else self._visible_in_group
-        return ragged_attend(
+        out = ragged_attend(
             q,
-            self.storage.groups(),
+            storage.groups(),
             scale=logits.scale,
             softcap=logits.softcap,
             sinks=logits.sinks,
             visible=visible,
         )
+        return out.transpose(1, 2).contiguous()
 
     def _visible_in_group(self, group: LaneGroup) -> Tensor:
         """(G, 1, C) bool: the layer's own mask (a window, a chunk) at the true columns of the stored keys."""

@@ -122,8 +122,8 @@ def attention(
         out = layer.decode(query, logits)
         if layer.limits is not None:
             layer.step(layer.store.plan.cache, query, None)
-    else:
-        out = _prompt(owner, now, layer, given, query, key, value, logits)
+        return out, None
+    out = _prompt(owner, now, layer, given, query, key, value, logits)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -15,6 +15,8 @@ from regard.errors import StoreError
 PAGE = 64
 ABSENT = torch.iinfo(torch.int32).max
 """Larger than any position or slot: what is absent sorts behind what is there."""
+NEVER = -ABSENT
+"""For a group whose lanes have gaps or came back from unlike lengths: positions are written token by token."""
 
 
 @contextmanager
@@ -79,14 +81,17 @@ class Group:
         self.order = torch.arange(len(lanes), device=device)
         self._shape = (len(lanes) // heads, heads, self.capacity)
         self._by_row: Content | None = None
+        self._frames: tuple[tuple[Tensor, tuple[int, ...], int, int], ...] | None = None
         self._holders: WeakSet[Group] | None = None
         self.set_lengths(lengths)
+        self._ahead: int | None = None  # free slots hold the position slot + this; None = not numbered yet
 
     def set_lengths(self, lengths: Tensor) -> None:
         """lengths (G,) long on the CPU."""
         self.shortest, self.longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
         self._lengths = (lengths, 0)
         self._lengths_there = (lengths.to(self.order.device, non_blocking=True), 0)
+        self._ahead = NEVER  # other slots than the next ones may have been written to
 
     def grow(self, n: int) -> None:
         """Every lane is longer by n. Nothing is computed until a length is asked for: this runs at every token."""
@@ -123,6 +128,36 @@ class Group:
                 self._by_row = Content(*(x.view(*self._shape, *x.shape[2:]) for x in self.content))
         return self._by_row
 
+    def cut(self, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """k (B, H, n, Dk) and v (B, H, n, Dv) of a complete group's slots from `start` on, without a copy.
+
+        Runs twice for every token: as_strided is one call into torch, narrow is three."""
+        if self._frames is None:
+            with plain_tensors():
+                pair = self.by_row[:2]
+                self._frames = tuple((x, x.stride(), int(x.storage_offset()), x.shape[3]) for x in pair)
+        (k, k_strides, k_offset, k_width), (v, v_strides, v_offset, v_width) = self._frames
+        batch, heads, _ = self._shape
+        return (
+            k.as_strided((batch, heads, n, k_width), k_strides, k_offset + start * k_strides[2]),
+            v.as_strided((batch, heads, n, v_width), v_strides, v_offset + start * v_strides[2]),
+        )
+
+    def number(self, start: int, positions: Tensor, first: int | None) -> None:
+        """Write the positions (B, n) of a complete group's slots from `start` on.
+
+        first: that every row's are first, first + 1, … Then all free slots are numbered ahead, once for a page."""
+        if first is not None and self._ahead == first - start:
+            return
+        held, new = self.by_row.positions, positions.shape[1]
+        if first is not None and self._ahead is None and self.capacity > start + new:
+            ahead = torch.arange(first, first + self.capacity - start, dtype=torch.int32, device=held.device)
+            held.narrow(2, start, len(ahead)).copy_(ahead)
+            self._ahead = first - start
+            return
+        self._ahead = NEVER
+        held.narrow(2, start, new).copy_(positions.unsqueeze(1))
+
     def absent(self) -> Tensor:
         """bool (G, longest): slots beyond their lane's length."""
         return torch.arange(self.longest, device=self.order.device) >= self.lengths_there[:, None]
@@ -144,7 +179,7 @@ class Group:
         if len(self._holders) > 1:
             self._holders.discard(self)
             with plain_tensors():
-                self.content, self._by_row = Content(*(x.clone() for x in self.content)), None
+                self.content, self._by_row, self._frames = Content(*(x.clone() for x in self.content)), None, None
         self._holders = None
 
 

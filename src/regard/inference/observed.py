@@ -6,7 +6,7 @@ By position and not by slot, so that entries may move and go without it being to
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from regard.inference.store import KVStore
 
 
-@dataclass(frozen=True)
-class Logits:
+class Logits(NamedTuple):
     """How a layer turns products into logits; kept from its last call for policies that look again."""
 
     recipe: MaskRecipe

@@ -2,8 +2,8 @@
 
 Lanes of one capacity share one tensor. Capacities are whole pages of 64 tokens and never exceed a lane's length by more
 than one page, so what is held is at most the payload plus a page a lane, whatever happened before. When all lanes are
-equally long they are one group in row-major order: a decoded token is then written in place by three copies, and
-attention reads views. Lengths live on the host: asking for them never waits for the device.
+equally long they are one group in row-major order: a decoded token is then written in place by two copies (positions
+are written a page at a time) and attention reads views. Lengths live on the host: asking never waits for the device.
 """
 
 from __future__ import annotations
@@ -74,8 +74,12 @@ class RaggedKV:
         held = (t for g in self._groups for t in (g.content.k, g.content.v))
         return sum(t.untyped_storage().nbytes() for t in held)
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
+    def append(
+        self, k: Tensor, v: Tensor, positions: Tensor, real: Tensor | None = None, first: int | None = None
+    ) -> None:
         """Store new tokens in every head. k (B, H, N, Dk), v (B, H, N, Dv), positions (B, N) long.
+
+        first: if known, that every row's positions are first, first + 1, …
 
         real (B, N) bool on the CPU: only real tokens are stored; None = all. Positions of a row's real tokens increase
         and are larger than those it holds. Raises ArgumentError when a shape or dtype does not fit.
@@ -86,12 +90,12 @@ class RaggedKV:
         if k.shape[2] == 0:
             return
         if real is None or bool(real.all()):
-            self._append_all(k, v, positions)
+            self._append_all(k, v, positions, first)
         else:
             self._append_real(k, v, positions, real)
         self._lengths = None
 
-    def _append_all(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    def _append_all(self, k: Tensor, v: Tensor, positions: Tensor, first: int | None) -> None:
         new = k.shape[2]
         if any(g.longest + new > g.capacity for g in self._groups):
             self._regroup(self._fitting(self.lengths.view(-1) + new))
@@ -99,10 +103,10 @@ class RaggedKV:
             group.own()
             start = group.uniform
             if start is not None and group.complete:
-                held = group.by_row  # this runs for every token: narrow and copy_ cost half of what indexing does
-                held.k.narrow(2, start, new).copy_(k)
-                held.v.narrow(2, start, new).copy_(v)
-                held.positions.narrow(2, start, new).copy_(positions.unsqueeze(1))
+                to_k, to_v = group.cut(start, new)
+                to_k.copy_(k)
+                to_v.copy_(v)
+                group.number(start, positions, first)
             else:
                 values = Content(k[group.rows, group.heads], v[group.rows, group.heads], positions[group.rows])
                 if start is not None:
@@ -158,10 +162,7 @@ class RaggedKV:
     def side_by_side(self) -> tuple[Tensor, Tensor] | None:
         """k (B, H, L, Dk), v (B, H, L, Dv) in storage order, without a copy; None unless all lanes have one length."""
         group = self._groups[0]
-        if not group.complete or group.uniform is None:
-            return None
-        held, length = group.by_row, group.longest
-        return held.k.narrow(2, 0, length), held.v.narrow(2, 0, length)
+        return group.cut(0, group.longest) if group.complete and group.uniform is not None else None
 
     def uniform_view(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The same with positions (B, H, L) int32."""

@@ -195,8 +195,9 @@ class Attached:
         """Put our store where the model, or generate(), would put its own."""
         if self.passes.current is not None:
             raise AttachError("this model is already inside a forward in this thread")
-        bound = self._names.bind_partial(*args, **kwargs)
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        given, positional = kwargs, list(self._names.parameters)[: len(args)]
+        if args:
+            given = {**self._names.bind_partial(*args, **kwargs).arguments, **kwargs}
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -227,10 +228,10 @@ class Attached:
             forward = store.begin(batch, n, mask, tokens.device)
             padding = None if mask is None or (forward.real is None and store.real is None) else mask.bool()
             kwargs = {**kwargs, "past_key_values": store}
-            args = args[: _before_argument(self._names, "past_key_values")]
-            for name in list(bound.arguments)[len(args) :]:  # positional ones after it go on by name
-                if name not in ("past_key_values", "kwargs"):
-                    kwargs.setdefault(name, bound.arguments[name])
+            if "past_key_values" in positional:  # positional ones from it on go by name
+                at = positional.index("past_key_values")
+                kwargs |= dict(zip(positional[at + 1 :], args[at + 1 :], strict=True))
+                args = args[:at]
         self.passes.current = Pass(store, batch, n, padding)
         return args, kwargs
 
@@ -381,11 +382,6 @@ def _with_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
         if isinstance(value, PreTrainedConfig):
             parts.extend(_with_parts(value))
     return parts
-
-
-def _before_argument(signature: inspect.Signature, name: str) -> int | None:
-    names = list(signature.parameters)
-    return names.index(name) if name in names else None
 
 
 def _kind(value: Any) -> str:

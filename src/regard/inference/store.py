@@ -32,6 +32,7 @@ class Forward:
     """One forward of the model over the store: n new columns from `offset` on.
 
     real (B, n) bool on the CPU, None = no padding among them; positions (B, n) long and q_columns (n,) on the device.
+    first: the position of the first column in every row, where no row has padding.
     given: what each layer's `update` handed out, in order.
     """
 
@@ -40,6 +41,7 @@ class Forward:
     real: Tensor | None
     positions: Tensor
     q_columns: Tensor
+    first: int | None
     given: list[tuple[KVLayer, Given]] = field(default_factory=list)
 
 
@@ -54,6 +56,7 @@ class KVStore(Cache):
     def __init__(self, attached: Attached) -> None:
         self.attached, self.plan = attached, attached.plan
         super().__init__(layers=attached.make_layers(self))
+        self._sort_layers()
         self.observed: Callable[[int], Needs] = attached.needs
         self._clear()
 
@@ -66,19 +69,15 @@ class KVStore(Cache):
         self._tables: tuple[Tensor, Tensor] | None = None  # position → column, column → position, on the device
         self._now: Forward | None = None
         self._thread: int | None = None
-        self._nan: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._nan: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     # ---- a forward
 
-    @property
-    def kv_layers(self) -> list[KVLayer]:
-        """The layers that cache keys and values, in the model's order."""
-        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
-
-    @property
-    def windowed(self) -> list[KVLayer]:
-        """Those of them that see a window or a chunk only."""
-        return [layer for layer in self.kv_layers if layer.sliding_window is not None]
+    def _sort_layers(self) -> None:
+        """kv_layers: those that cache keys and values, in the model's order; windowed: those that see a window or a
+        chunk only."""
+        self.kv_layers = [layer for layer in self.layers if isinstance(layer, KVLayer)]
+        self.windowed = [layer for layer in self.kv_layers if layer.sliding_window is not None]
 
     @property
     def caching_layers(self) -> int:
@@ -138,7 +137,8 @@ class KVStore(Cache):
             now = torch.ones(batch, n, dtype=torch.bool) if real is None else real
             self.real = torch.cat([past, now], 1)
             self._tables = None
-        self._now = Forward(n, self.columns, real, positions, columns)
+        first = self.columns if self.real is None else None
+        self._now = Forward(n, self.columns, real, positions, columns, first)
         self._thread = threading.get_ident()
         self._counts_before = self.counts
         self.counts = self.counts + (n if real is None else real.sum(1))
@@ -182,9 +182,13 @@ class KVStore(Cache):
         """A tensor of that shape, all NaN and without memory: a new one each time, so that it can be told by
         identity."""
         key = (like.dtype, like.device)
-        if key not in self._nan:
-            self._nan[key] = torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=like.device)
-        return self._nan[key].expand(shape)
+        one, last = self._nan.get(key, (None, None))
+        if one is None:
+            one = torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=like.device)
+        if last is None or last.shape != shape:
+            last = one.expand(shape)
+            self._nan[key] = (one, last)
+        return last.detach()  # the cheapest way to a tensor of its own: layers of one shape follow one another
 
     # ---- columns and positions
 
@@ -262,6 +266,7 @@ class KVStore(Cache):
                 other.layers.append(twin)
             else:
                 other.layers.append(layer)
+        other._sort_layers()
         return other
 
     def save(self, path: str | Path) -> None:
