@@ -131,10 +131,7 @@ def compare(
     from regard.choose.settings import Settings
     from regard.choose.terminal import show as show_results
 
-    if resume and overwrite:
-        raise ArgumentError("resume", "both --resume and --overwrite", "one of the two")
-    if resume and out is None:
-        raise ArgumentError("out", None, "with --resume, the folder of the run to go on with")
+    _one_of(resume, overwrite, out)
     settings = Settings(
         model=model,
         context=tuple(_whole("context", item) for item in _items(context)),
@@ -161,6 +158,58 @@ def compare(
     if outcome.interrupted:
         kept = f"{len(outcome.results.records)} of {outcome.results.wanted} measurements are kept in {folder}"
         console.print(Text(f"Stopped: {kept}. Go on with the same command and --out {folder} --resume"), soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def train(
+    task: Annotated[str, typer.Option(help="mqar, copying or bytes; NAME(key=value) for settings.")] = "mqar",
+    mixer: Annotated[str, typer.Option(help="A causal layer; NAME(key=value) for settings.")] = "gated-deltanet",
+    ratio: Annotated[str, typer.Option(help="linear:full, such as 3:1; 0:1 is a Transformer.")] = "3:1",
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 3,
+    dim: Annotated[int, typer.Option(help="Width.")] = 64,
+    heads: Annotated[int, typer.Option(help="Of every mixer.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of weights, batches and held-out rows.")] = 0,
+    compare_full: Annotated[bool, typer.Option(help="Train the same stack in full attention beside it.")] = True,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Forward under autocast to bfloat16.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Folder for models, results.json and curves.svg.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+) -> None:
+    """Train a small hybrid, and report its accuracy beside full attention's."""
+    from regard.choose.machine import describe
+    from regard.train import run as job
+    from regard.train.settings import TrainSettings
+
+    _one_of(resume, overwrite, out)
+    training = TrainSettings(
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        evaluate_every=evaluate_every,
+        save_every=evaluate_every,
+        seed=seed,
+        bf16=bf16,
+    )
+    settings = job.RunSettings(task, mixer, ratio, layers, dim, heads, compare_full, device, training)
+    folder = out or Path("regard-out") / f"train-{time.strftime('%Y%m%d-%H%M%S')}"
+    console = Console()
+    machine = describe(job.device_of(settings))
+    outcome = job.run(settings, folder, machine=machine, resume=resume, overwrite=overwrite, console=console)
+    console.print(job.table(outcome))
+    console.print()
+    for name in (job.PICTURE, job.RESULTS):
+        console.print(Text(str(folder / name), style="bold"), soft_wrap=True)
+    if outcome.interrupted:
+        told = (
+            f"Stopped after step {outcome.models[-1].trained.step} of {outcome.models[-1].name}; all is kept. Go on: "
+        )
+        console.print(Text(f"{told}{settings.command()} --out {folder} --resume"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
 
 
@@ -225,6 +274,13 @@ def evidence_table() -> None:
     from regard import evidence
 
     typer.echo(evidence.table())
+
+
+def _one_of(resume: bool, overwrite: bool, out: Path | None) -> None:
+    if resume and overwrite:
+        raise ArgumentError("resume", "both --resume and --overwrite", "one of the two")
+    if resume and out is None:
+        raise ArgumentError("out", None, "with --resume, the folder of the run to go on with")
 
 
 def _items(text: str) -> tuple[str, ...]:

@@ -82,20 +82,27 @@ def parse(text: str) -> Task:
 
 def made_from(text: str, kind: Kind, argument: str) -> Any:
     """What is registered under `kind`, made from `name` or `name(key=value, …)`; `argument` is for the error."""
+    name, settings = named(text, argument)
+    factory = lookup(kind, name).factory
+    for key in settings:
+        if key not in signature(factory).parameters:
+            raise UnknownNameError(f"setting of {name}", key, signature(factory).parameters)
+    return factory(**settings)
+
+
+def named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
+    """`name(key=value, …)` in its parts; values are Python's literals. Raises ArgumentError."""
     found = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", text)
     if found is None:
         raise ArgumentError(argument, repr(text), "NAME or NAME(key=value, …)")
-    factory = lookup(kind, found[1]).factory
     settings: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in (found[2] or "").split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
-        if key not in signature(factory).parameters:
-            raise UnknownNameError(f"setting of {found[1]}", key, signature(factory).parameters)
         try:
             settings[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
             raise ArgumentError(f"{found[1]}.{key}", repr(value), "a number") from error
-    return factory(**settings)
+    return found[1], settings
 
 
 def text_form(task: Any) -> str:
