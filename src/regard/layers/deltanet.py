@@ -82,7 +82,8 @@ class DeltaNet(RecurrentLayer):
         joined = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         convolved, window = self.convolution(joined, key_padding, None if state is None else state.windows[0])
         q, k, v = (split_heads(t, self.heads) for t in convolved.split(self.widths, -1))
-        beta = self.b_proj(x).transpose(1, 2).sigmoid() * (2 if self.negative_eigenvalues else 1)
+        strength = self.b_proj(x).transpose(1, 2)
+        beta = strength.to(accumulation_dtype(strength)).sigmoid() * (2 if self.negative_eigenvalues else 1)
         inputs = DeltaInputs(unit(q) * self.key_dim**-0.5, unit(k), v, at_real_tokens(beta, key_padding))
         return Read(inputs, (window,))
 

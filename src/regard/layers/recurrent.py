@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -88,10 +89,11 @@ class RecurrentLayer(Layer):
             self._check_fits(state, len(x))
         x = without_padding(x, key_padding)
         inputs, windows = self.read(x, key_padding, state)
-        if x.shape[1] == 1 and state is not None:
-            inner, mixed = self.mixer.step(state.inner, inputs)
-        else:
-            mixed, inner = self.mixer.scan(inputs, None if state is None else state.inner)
+        with _own_precision(x):
+            if x.shape[1] == 1 and state is not None:
+                inner, mixed = self.mixer.step(state.inner, inputs)
+            else:
+                mixed, inner = self.mixer.scan(inputs, None if state is None else state.inner)
         out = without_padding(self.write(mixed, x), key_padding)
         return Output(out, RecurrentState(inner, windows, seen(x, key_padding, state)))
 
@@ -100,6 +102,14 @@ class RecurrentLayer(Layer):
         require(isinstance(state.inner, self.inner_state), "state", f"a {kind}", f"a {self.inner_state.__name__}")
         require(len(state.windows) == self.windows, "state", f"{len(state.windows)} windows", str(self.windows))
         require(state.seen.shape == (batch,), "state", f"{len(state.seen)} rows", f"{batch}, as many as x has")
+
+
+def _own_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast out of the recurrence: its products are those of states, held in at least float32."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def seen(x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Tensor:
