@@ -6,7 +6,7 @@ for most layers of its stack.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Gated(NamedTuple):
     def length(self) -> int:
         return self.y.shape[2]
 
-    def tokens(self, start: int, stop: int) -> Self:
+    def tokens(self, start: int, stop: int) -> Gated:
         """Tokens [start, stop)."""
         return self._replace(y=self.y[:, :, start:stop])
 
