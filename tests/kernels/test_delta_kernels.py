@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -18,8 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from regard.errors import ArgumentError, UnsupportedError
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "v", "beta", "log_decay", "state")
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 Inputs = list[Tensor | None]  # in the order of NAMES
 
 
@@ -65,31 +69,75 @@ def draw(
     return [None if x is None else x.to(DEVICE) for x in made]
 
 
-def errors(inputs: Inputs, ends: tuple[int, ...] | None = None, chunk: int = 64) -> dict[str, float]:
-    """Largest differences from the definition, each relative to the largest value (at least 1) of what is compared."""
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor, size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Chunks in plain torch, products in q's dtype; decays, solves and states in float32. What half precision costs."""
+    outs, dtype, eye = [], q.dtype, torch.eye(size, device=q.device)
+    for at in range(0, q.shape[2], size):
+        queries, keys, values = (x[:, :, at : at + size] for x in (q, k, v))
+        strength, b = beta[:, :, at : at + size, None], log_decay[:, :, at : at + size].cumsum(-1)
+        n = b.shape[-1]
+        pairs = (b[..., :, None] - b[..., None, :]).tril().exp().tril()
+        start, rest = b.exp()[..., None], (b[..., -1:] - b).exp()[..., None]
+        system = (strength * pairs * (keys @ keys.mT)).tril(-1) + eye[:n, :n]
+        right = torch.cat([strength * values, strength * start * keys], -1)
+        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).to(dtype)
+        own, reads = solved.split([v.shape[-1], k.shape[-1]], -1)
+        written = own - reads @ state.to(dtype)
+        out = start * (queries @ state.to(dtype)) + (pairs * (queries @ keys.mT)).to(dtype) @ written
+        outs.append(out.to(dtype))
+        state = start[..., -1:, :] * state + (rest * keys).to(dtype).mT @ written
+    return torch.cat(outs, 2), state
+
+
+def kernels(inputs: Inputs, ends: tuple[int, ...] | None = None, **how: int) -> tuple[Tensor, Tensor]:
+    """out and final state; `how` replaces what is chosen for the shape."""
     from regard.kernels.triton.delta_rule import delta_rule
     from regard.kernels.triton.delta_rule_layout import launches
 
-    given = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    q, _, v = given[:3]
-    how = replace(launches(q.shape[3], v.shape[3], q.dtype), chunk=chunk)
-    out, final = delta_rule(*given, ends=ends, how=how)
-    assert out.dtype == v.dtype and final.dtype == torch.float32
-    true = packed(given, ends) if ends is not None else definition(*given)
-    dout, dfinal = torch.randn_like(out), torch.randn_like(final)
+    q, v = inputs[0], inputs[2]
+    return delta_rule(*inputs, ends=ends, how=replace(launches(q.shape[3], v.shape[3], q.dtype), **how))
+
+
+Results = dict[str, Tensor]
+
+
+def results(
+    run: Callable[[Inputs], tuple[Tensor, Tensor]], inputs: Inputs, dtype: torch.dtype | None = None
+) -> Results:
+    """Outputs, final state and all gradients, for the same random gradients whatever runs; inputs are first cast."""
+    given = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    out, final = run(given)
+    draws = torch.Generator().manual_seed(1)
+    dout, dfinal = (torch.randn(x.shape, generator=draws).to(inputs[2].dtype).to(x) for x in (out, final))
     present = {name: x for name, x in zip(NAMES, given, strict=True) if x is not None}
-    ours = torch.autograd.grad((out, final), list(present.values()), (dout, dfinal))
-    truth = torch.autograd.grad(true, list(present.values()), (dout.double(), dfinal.double()))
-    compared = {"out": (out, true[0]), "final": (final, true[1])} | dict(
-        zip(present, zip(ours, truth, strict=True), strict=True)
-    )
-    return {name: worst(a, b) for name, (a, b) in compared.items()}
+    found = torch.autograd.grad((out, final), list(present.values()), (dout, dfinal))
+    return {"out": out, "final": final} | dict(zip(present, found, strict=True))
+
+
+def errors(inputs: Inputs, ends: tuple[int, ...] | None = None, **how: int) -> dict[str, float]:
+    """Largest differences from the definition, each relative to the largest value (at least 1) of what is compared."""
+    ours = results(lambda x: kernels(x, ends, **how), inputs)
+    truth = results(lambda x: definition(*x) if ends is None else packed(x, ends), inputs, torch.float64)
+    assert ours["out"].dtype == inputs[2].dtype and ours["final"].dtype == torch.float32
+    return {name: worst(ours[name], truth[name]) for name in truth}
 
 
 def worst(ours: Tensor, truth: Tensor) -> float:
     assert ours.shape == truth.shape and truth.isfinite().all()
-    difference = (ours.double() - truth).abs().max() / truth.abs().max().clamp(min=1) if truth.numel() else truth.sum()
+    difference = (ours.double() - truth).abs().max() / truth.abs().max().clamp(min=1)
     return difference.item() if difference.isfinite() else float("inf")
+
+
+def ratios(inputs: Inputs) -> dict[str, float]:
+    """Root mean square errors over those of the torch form in the same precision."""
+    truth = results(lambda x: definition(*x), inputs, torch.float64)
+    ours, torchs = results(kernels, inputs), results(lambda x: chunked(*x), inputs)
+    return {
+        name: ((ours[name].double() - x).norm() / (torchs[name].double() - x).norm()).item()
+        for name, x in truth.items()
+    }
 
 
 def close(found: dict[str, float], limit: float, what: object) -> None:
@@ -97,16 +145,21 @@ def close(found: dict[str, float], limit: float, what: object) -> None:
 
 
 def check_shapes() -> None:
-    for n, dim, dim_v, decay, state, chunk in (
-        (1, 16, 5, True, True, 64), (15, 32, 16, True, False, 16), (63, 16, 40, False, True, 64),
-        (64, 24, 16, True, True, 32), (65, 64, 33, True, True, 64), (130, 16, 20, True, True, 64),
-    ):  # fmt: skip
-        close(errors(draw(n, dim, dim_v, decay=decay, state=state), chunk=chunk), 1e-5, (n, dim, dim_v))
+    for n, dim, dim_v, decay, state, how in (
+        (1, 16, 5, True, True, {}),
+        (15, 32, 16, True, False, {"chunk": 16}),
+        (63, 16, 40, False, True, {"chunk": 64}),
+        (64, 24, 16, True, True, {"chunk": 32}),
+        (65, 64, 33, True, True, {"chunk": 64, "channels": 32}),
+        (130, 16, 20, True, True, {"chunk": 64}),
+    ):
+        close(errors(draw(n, dim, dim_v, decay=decay, state=state), **how), 1e-5, (n, dim, dim_v))
 
 
 def check_packing() -> None:
     ends = (0, 1, 1, 34, 70)
     close(errors(draw(70, 16, 8, sequences=4), ends), 1e-5, "packed")
+    close(errors(draw(70, 16, 8, decay=False, state=False), ends, chunk=64), 1e-5, "packed, no state")
 
 
 def check_extremes() -> None:
@@ -117,10 +170,33 @@ def check_extremes() -> None:
     g[..., 1, 40:] = 0.0
     beta[..., 10:20], beta[..., 20:30], beta[..., 30:45] = 0.0, 1.0, 2.0
     k[:, 1] = k[:, 1, :1]
-    close(errors(inputs), 1e-5, "extremes")
+    close(errors(inputs, chunk=64), 1e-5, "extremes")
+    g.fill_(-torch.inf)
+    close(errors(inputs, chunk=64), 1e-5, "nothing is kept")
 
 
-CHECKS = {f.__name__: f for f in (check_shapes, check_packing, check_extremes)}
+def check_layouts() -> None:
+    """A decay per head that is expanded, inputs expanded over the batch, and gradients of one result alone."""
+    q, k, v, beta, _, state = draw(20, 16, 8)
+    fixed = torch.tensor([-0.1, -0.2], device=DEVICE).view(1, 2, 1).expand(2, 2, 20)
+    inputs = [q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), v.mT.contiguous().mT, beta, fixed, state]
+    inputs = [x.expand(2, *x.shape[1:]) for x in inputs]
+    close(errors(inputs), 1e-5, "expanded")
+    q.requires_grad_()
+    out, final = kernels([q, k, v, beta, None, None])
+    alone = [torch.autograd.grad(x.sum(), q, retain_graph=True)[0] for x in (out, final)]
+    truth = torch.autograd.grad(definition(q, k, v, beta, None, None)[0].sum(), q)[0]
+    assert worst(alone[0], truth) < 1e-5 and not alone[1].any()
+    out, final = kernels([x[:, :, :0] for x in (q, k, v, beta)] + [None, state])
+    assert out.shape == (1, 2, 0, 8) and torch.equal(final, state)
+
+
+def check_half() -> None:
+    """The interpreter multiplies bfloat16 wrongly (and rounds to it by cutting off), so there it is float16."""
+    close(ratios(draw(130, 32, 16, dtype=HALF)), 2.0, HALF)
+
+
+CHECKS = {f.__name__: f for f in (check_shapes, check_packing, check_extremes, check_layouts, check_half)}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -130,6 +206,48 @@ def test_agree_with_the_definition() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and done.stdout.split() == list(CHECKS), done.stderr[-2000:]
+
+
+LENGTHS = (1, 63, 64, 65, 500, 2049)
+SIZES = ((32, 64), (64, 48), (128, 128), (256, 96))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("size", SIZES)
+def test_on_a_gpu_in_float32(n: int, size: tuple[int, int]) -> None:
+    close(errors(draw(n, *size)), 1e-5, (n, size))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", LENGTHS[1:])
+@pytest.mark.parametrize("size", SIZES)
+def test_on_a_gpu_in_bfloat16(n: int, size: tuple[int, int]) -> None:
+    close(ratios(draw(n, *size, dtype=torch.bfloat16)), 2.0, (n, size))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_packed() -> None:
+    close(errors(draw(500, 64, 48, sequences=5), (0, 1, 64, 64, 129, 500)), 1e-5, "packed")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_bad_input_is_named() -> None:
+    from regard.kernels.triton.delta_rule import delta_rule
+
+    q, k, v, beta, g, state = draw(8, 16, 4)
+    for name, call in {
+        "log_decay": lambda: delta_rule(q, k, v, beta, g[:, :1], state),
+        "beta": lambda: delta_rule(q, k, v, beta[..., None], g, state),
+        "state": lambda: delta_rule(q, k, v, beta, g, state.mT),
+        "ends": lambda: delta_rule(q, k, v, beta, g, ends=(0, 5, 3, 8)),
+        "chunk_size": lambda: delta_rule(q, k, v, beta, g, chunk_size=48),
+    }.items():
+        with pytest.raises(ArgumentError, match=name):
+            call()
+    for other in (draw(2, 257, 4), draw(2, 16, 4, dtype=torch.float64)):
+        with pytest.raises(UnsupportedError, match="take"):
+            delta_rule(*other)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regard.errors import UnsupportedError, require
 from regard.kernels.triton.delta_rule_backward import gradients_of
@@ -171,6 +172,7 @@ class _DeltaRule(torch.autograd.Function):
         return out, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         q, k, v, beta, g, state, t, p, gates = ctx.saved_tensors
         chunks, how = ctx.chunks, ctx.how
@@ -214,7 +216,8 @@ def _scan(
             q, k, v, t, p, gates, v if out is None else out, final if state is None else state, final, states, written,
             chunks.sequences, *strides(q, k, v, v if out is None else out), heads, rows, columns,
             BV=how.scan.columns, START=state is not None, OUT=out is not None, KEEP=kept is not None,
-            STAGES=how.scan.stages, num_warps=how.scan.warps, num_stages=how.scan.stages, **compiled_for(q, t.shape[-1]),
+            STAGES=how.scan.stages, num_warps=how.scan.warps, num_stages=how.scan.stages,
+            **compiled_for(q, t.shape[-1]),
         )  # fmt: skip
     return final
 

@@ -1,5 +1,6 @@
-"""The gradients of the delta rule. Notation as in `delta_rule`; d· is a gradient, S the state before a chunk, dS that of
-the state after it, τ = γ_C / γ.
+"""The gradients of the delta rule, in the notation of `delta_rule`.
+
+d· is a gradient, S the state before a chunk, dS the gradient of the state after it, and τ = γ_C / γ.
 
 `reverse_scan` walks a sequence from its end, with BV columns of dS in registers:
 
@@ -21,7 +22,8 @@ Every term of dQ and dR holds e^{b_i} once and every term of dW e^{−b_j}, so t
 
 and dg is the sum of db from each token to the end of its chunk. A token that forgets everything has dg = 0.
 
-Xᵀ and Zᵀ are products of their own: a transposed accumulator gives wrong numbers on Hopper with some versions of Triton.
+Xᵀ and Zᵀ are products of their own: a transposed accumulator gives wrong numbers on Hopper with some versions of
+Triton.
 """
 
 from __future__ import annotations
