@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import ArgumentError
-from regard.recurrence import DeltaInputs, DeltaRule
+from regard.recurrence import DeltaInputs, DeltaRule, delta, diagonal
 from regard.recurrence.delta import chunked, parallel, recurrent
 
 B, H, DK, DV = 2, 3, 6, 5
@@ -178,6 +178,18 @@ def test_bfloat16_inputs_keep_a_float32_state() -> None:
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
     exact, _ = recurrent(*(x.double() for x in inputs))
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)  # one rounding, of the output
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("executor", [delta, diagonal])
+def test_autocast_does_not_reach_the_solve_and_the_state(executor, form: str) -> None:
+    q, k, v, beta, *_ = (x.float() for x in make(40))
+    given = (q, k, v, beta) if executor is delta else (q, k, v)
+    run = getattr(executor, form)
+    want = run(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (q @ k.mT).dtype == torch.bfloat16
+        assert all(torch.equal(a, b) for a, b in zip(run(*given), want, strict=True))
 
 
 def test_long_runs_at_every_strength_stay_exact_in_float32() -> None:

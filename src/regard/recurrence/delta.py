@@ -29,8 +29,10 @@ from torch import Tensor
 from regard.errors import require
 from regard.recurrence.decay import between, from_start, to_end
 from regard.recurrence.diagonal import accumulation_dtype
+from regard.recurrence.precision import outside_autocast
 
 
+@outside_autocast
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,7 @@ def recurrent(
     return (torch.cat(out, 2) if out else v).to(dtype), state
 
 
+@outside_autocast
 def parallel(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -67,6 +70,7 @@ def parallel(
     return out.to(dtype), state
 
 
+@outside_autocast
 def chunked(
     q: Tensor,
     k: Tensor,
