@@ -2,7 +2,7 @@
 # make test     the tests
 # make check    ruff, mypy on the public API, the floors (import-linter)
 # make oracles  the tests against independent packages, in an environment of their own
-# make docs     write the generated tables anew
+# make docs     write the generated tables and the gallery anew
 # make build    wheel and sdist
 #
 # Each creates .venv and installs into it once; a stamp file remembers that. On a machine whose pip would fetch a CUDA
@@ -72,6 +72,7 @@ oracles: .venv-oracles/.installed
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/conformance --write-capabilities -n 0
+	$(BIN)/python -m tests.patterns.write_gallery
 	$(BIN)/python -c 'import regard.evidence as e; print(e.table(), end="")' > docs/evidence.md
 
 build: $(VENV)/.installed-dev
