@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from regard.errors import require
 from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState, join_heads, split_heads
+from regard.recurrence.diagonal import accumulation_dtype
 from regard.recurrence.prefix_softmax import PAPER, PrefixInputs, PrefixSoftmax, SoftmaxState
 from regard.registry import mechanism
 
@@ -54,7 +55,9 @@ class Aaren(RecurrentLayer):
     def read(self, x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Read:
         """Scores (B, H, N), −∞ at padding, and values."""
         k, v = (split_heads(project(x), self.heads) for project in (self.k_proj, self.v_proj))
-        scores = (k @ self.query()[..., None])[..., 0]
+        query = self.query()
+        dtype = accumulation_dtype(k, query)
+        scores = (k.to(dtype) * query[:, None].to(dtype)).sum(-1)
         if key_padding is not None:
             scores = scores.masked_fill(~key_padding[:, None], -torch.inf)
         return Read(PrefixInputs(scores, v))

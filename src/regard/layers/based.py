@@ -8,6 +8,7 @@ from regard.errors import require
 from regard.layers.base import Example
 from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState, at_real_tokens, join_heads, split_heads
 from regard.recurrence import DiagonalInputs
+from regard.recurrence.diagonal import accumulation_dtype
 from regard.recurrence.feature_maps import taylor_2_compressed
 from regard.recurrence.normalized import NormalisedLinearAttention
 from regard.registry import Paper, mechanism
@@ -57,7 +58,8 @@ class Based(RecurrentLayer):
     def read(self, x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Read:
         """Taylor features of queries and keys; those of keys are 0 at padding."""
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = taylor_2_compressed(q), taylor_2_compressed(k)
+        dtype = accumulation_dtype(q, k)  # products of rounded features would not add up to a polynomial ≥ 1/2
+        q, k = (taylor_2_compressed(t.to(dtype)) for t in (q, k))
         return Read(DiagonalInputs(q, at_real_tokens(k, key_padding), v))
 
     def write(self, mixed: Tensor, x: Tensor) -> Tensor:

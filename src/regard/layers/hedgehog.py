@@ -16,6 +16,7 @@ from regard.layers.recurrent import (
     RecurrentState,
     at_real_tokens,
     join_heads,
+    own_precision,
     positions,
     seen,
     split_heads,
@@ -23,6 +24,7 @@ from regard.layers.recurrent import (
 from regard.layers.rotary import rotate
 from regard.patterns import Pattern, causal, full
 from regard.recurrence import DiagonalInputs
+from regard.recurrence.diagonal import accumulation_dtype
 from regard.recurrence.feature_maps import (
     hedgehog_exp,
     hedgehog_exp_of_queries,
@@ -127,14 +129,17 @@ class Hedgehog(RecurrentLayer):
             self._check_fits(state, len(x))
         x = without_padding(x, key_padding)
         inputs = self.read(x, key_padding, state).inputs
-        mixed, inner = self.mixer.mix(inputs, None if state is None else state.inner)
+        with own_precision(x):
+            mixed, inner = self.mixer.mix(inputs, None if state is None else state.inner)
         out = without_padding(self.write(mixed, x), key_padding)
         return Output(out, RecurrentState(inner, (), seen(x, key_padding, state)))
 
     def feature(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """φ_q(q), φ_k(k): (B, H, N, D) → (B, H, N, 2D), > 0."""
+        """φ_q(q), φ_k(k): (B, H, N, D) → (B, H, N, 2D), > 0, in at least float32."""
         of_queries, of_keys = _MAPS[self.features]
-        return of_queries(self.q_map(q)), of_keys(self.k_map(k))
+        q, k = self.q_map(q), self.k_map(k)
+        dtype = accumulation_dtype(q, k)
+        return of_queries(q.to(dtype)), of_keys(k.to(dtype))
 
     def read(self, x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Read:
         """Features of queries and keys; those of keys are 0 at padding."""

@@ -60,7 +60,8 @@ class NormalisedAttention(RecurrentLayer):
     def read(self, x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Read:
         """Features of queries, over the normaliser, and of keys, 0 at padding."""
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return Read(DiagonalInputs(elu_plus_one(q) * self.share(x), at_real_tokens(elu_plus_one(k), key_padding), v))
+        q, k = elu_plus_one(q) * self.share(x), at_real_tokens(elu_plus_one(k), key_padding)
+        return Read(DiagonalInputs(q.to(v.dtype), k.to(v.dtype), v))  # one dtype, also where autocast widened the e^x
 
     def write(self, mixed: Tensor, x: Tensor) -> Tensor:
         """The output projection."""

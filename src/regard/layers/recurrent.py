@@ -89,7 +89,7 @@ class RecurrentLayer(Layer):
             self._check_fits(state, len(x))
         x = without_padding(x, key_padding)
         inputs, windows = self.read(x, key_padding, state)
-        with _own_precision(x):
+        with own_precision(x):
             if x.shape[1] == 1 and state is not None:
                 inner, mixed = self.mixer.step(state.inner, inputs)
             else:
@@ -104,7 +104,7 @@ class RecurrentLayer(Layer):
         require(state.seen.shape == (batch,), "state", f"{len(state.seen)} rows", f"{batch}, as many as x has")
 
 
-def _own_precision(x: Tensor) -> AbstractContextManager[Any]:
+def own_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Keeps autocast out of the recurrence: its products are those of states, held in at least float32."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
