@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -41,7 +42,7 @@ def refuses(request: Request) -> str | None:
 
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) float32."""
-    from regard.kernels.triton.block_sparse import BlockSparse, launches
+    from regard.kernels.triton.block_sparse import LONG, LONG_ROW, SHORT, BlockSparse, launches
     from regard.kernels.triton.tile_lists import Tiles, tiles_of
 
     q, k, v = request.q, request.k, request.v
@@ -52,6 +53,8 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
         return tiles_of(pattern, n, m, batch=q.shape[0], heads=q.shape[1], block=block, device=q.device)
 
     how = launches(max(q.shape[3], v.shape[3]), q.dtype)
+    if how.forward == SHORT and tiles(SHORT.block).touched * k.shape[2] >= LONG_ROW:
+        how = replace(how, forward=LONG)
     out, lse = BlockSparse.apply(q, k, v, tiles, request.scale, how)
     if request.sinks is not None:
         sinks = request.sinks.to(lse.dtype)[None, :, None]

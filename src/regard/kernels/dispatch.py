@@ -58,7 +58,7 @@ def preference(request: Request) -> tuple[tuple[str, ...], str]:
         return ("sdpa", "flex", "reference"), "no mask has to be drawn, so torch's fused attention leads"
     if logits <= _SMALL:
         return ("sdpa", "flex", "reference"), "so small a mask is cheaper to draw than a kernel is to compile"
-    return ("flex", "triton", "sdpa", "reference"), "flex skips the tiles that the pattern leaves empty"
+    return ("triton", "flex", "sdpa", "reference"), "it skips empty tiles and compiles nothing per pattern"
 
 
 def choose(request: Request, backend: str) -> Explanation:
