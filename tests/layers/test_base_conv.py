@@ -43,6 +43,21 @@ def test_decoding_keeps_a_window_and_no_more(preset) -> None:
     assert [tuple(w.shape) for w in state.windows] == [(2, 2, 16 if preset == "based" else 8)] and state.inner == ()
 
 
+@pytest.mark.parametrize("preset", ["based", "zoology"])
+def test_a_filter_as_long_as_the_sequence_decodes_and_skips_padding(preset) -> None:
+    layer = BaseConv(8, 2, preset=preset, kernel_size=None, max_length=16).double()
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    real = torch.rand(2, 13) < 0.6
+    want = layer(x, key_padding=real).out
+    for b in range(2):
+        torch.testing.assert_close(want[b, real[b]], layer(x[b : b + 1, real[b]]).out[0], rtol=0, atol=1e-12)
+    outs, state = [], None
+    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 13)):
+        out, state, _ = layer(x[:, start:stop], key_padding=real[:, start:stop], state=state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), want, rtol=0, atol=1e-12)
+
+
 def test_sizes_of_the_release() -> None:
     layer = BaseConv(1024, 16)
     assert layer.in_proj.weight.shape == (4096, 1024) and layer.out_proj.weight.shape == (1024, 2048)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from regard.errors import UnknownNameError, require
+from regard.layers.long_convolution import LongConvolution
 from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState
 from regard.layers.short_convolution import ShortConvolution
 from regard.registry import Paper, mechanism
@@ -75,7 +76,8 @@ class BaseConv(RecurrentLayer):
 
     "based": [u₁, u₂] = x W_in, y = (SiLU(h ∗ u₁) ⊙ u₂) W_out, u₁ and u₂ of width expand·dim/2, no bias.
     "zoology": y = (x W + b₁) ⊙ (h ∗ x + b₂) + x, of width dim; the last x is part of it. `expand` is not used.
-    Zoology alternates K = 3 with filters as long as the sequence; those are not here, K is fixed.
+    kernel_size=None: a filter as long as the sequence (`LongConvolution`, through an FFT: causal to 1e-5 in float32),
+    max_length its scale of distances; the window is then all inputs so far. Zoology alternates layers of 3 and of None.
 
     heads is taken as every layer takes it, and changes nothing. Positions count real tokens only. It mixes K tokens a
     layer, by weights that do not depend on them: to look something up, width or depth has to grow with the length.
@@ -85,7 +87,14 @@ class BaseConv(RecurrentLayer):
     windows: ClassVar[int] = 1
 
     def __init__(
-        self, dim: int, heads: int, *, preset: Preset = "based", kernel_size: int = 3, expand: int = 4
+        self,
+        dim: int,
+        heads: int,
+        *,
+        preset: Preset = "based",
+        kernel_size: int | None = 3,
+        max_length: int = 2048,
+        expand: int = 4,
     ) -> None:
         super().__init__(dim, heads)
         if preset not in get_args(Preset):
@@ -96,19 +105,23 @@ class BaseConv(RecurrentLayer):
         self.mixer: PassedOn = PassedOn()
         self.in_proj: nn.Module
         self.out_proj: nn.Module
+        width, bias = (expand * dim // 2, False) if preset == "based" else (dim, True)
         if preset == "based":
-            width = expand * dim // 2
             self.in_proj, self.out_proj = nn.Linear(dim, 2 * width, bias=False), nn.Linear(width, dim, bias=False)
-            self.convolution = ShortConvolution(width, kernel_size)
         else:
             self.in_proj, self.out_proj = nn.Linear(dim, dim), nn.Identity()
-            self.convolution = ShortConvolution(dim, kernel_size, bias=True, activation=False)
+        self.convolution: nn.Module
+        if kernel_size is None:
+            self.convolution = LongConvolution(width, bias=bias, max_length=max_length)
+        else:
+            self.convolution = ShortConvolution(width, kernel_size, bias=bias, activation=False)
 
     def read(self, x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Read:
         """The convolution, gated."""
         window = None if state is None else state.windows[0]
         u, gate = self.in_proj(x).chunk(2, -1) if self.preset == "based" else (x, self.in_proj(x))
         mixed, following = self.convolution(u, key_padding, window)
+        mixed = silu(mixed) if self.preset == "based" else mixed
         return Read(Gated((mixed * gate)[:, None]), (following,))
 
     def write(self, mixed: Tensor, x: Tensor) -> Tensor:
@@ -121,6 +134,7 @@ class BaseConv(RecurrentLayer):
         layer = cls(8, 2).double()
         x = torch.randn(2, 11, 8, dtype=torch.float64)
         u, gate = layer.in_proj(x).split(16, -1)
+        assert isinstance(layer.convolution, ShortConvolution)
         back = [pad(u, (0, 0, i, 0))[:, :11] * layer.convolution.weight[:, 2 - i] for i in range(3)]
         return layer(x).out, (silu(sum(back[1:], back[0])) * gate) @ layer.out_proj.weight.T  # type: ignore[operator]
 
