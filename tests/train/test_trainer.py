@@ -56,17 +56,28 @@ def test_the_curve_is_what_evaluate_says_and_steps_are_all_reported() -> None:
     assert [p.step for p in got.curve] == [5, 10, 12] and [s.done for s in seen] == list(range(1, 13))
     losses = [s.loss for s in seen]
     assert got.curve[1].training_loss == pytest.approx(sum(losses[5:10]) / 5)
-    score = evaluate(model, TASK, rows=10, batch=4, seed=0)
+    score = evaluate(model, TASK, rows=10, seed=0)
     assert got.last is not None and (got.last.loss, got.last.accuracy) == (score.loss, score.accuracy)
     assert not model.training
 
 
-def test_held_out_rows_do_not_depend_on_the_batch() -> None:
+def test_held_out_rows_are_those_of_the_seed() -> None:
     model = small()
-    whole, parts = (evaluate(model, TASK, rows=10, batch=size, seed=0) for size in (10, 10))
-    assert whole == parts
-    assert evaluate(model, TASK, rows=10, batch=10, seed=1) != whole
+    assert evaluate(model, TASK, rows=10, seed=0) == evaluate(model, TASK, rows=10, seed=0)
+    assert evaluate(model, TASK, rows=10, seed=1) != evaluate(model, TASK, rows=10, seed=0)
     assert Score(0.5, 0.0).bits == pytest.approx(0.7213475)
+
+
+def test_evaluation_by_hand() -> None:
+    """More rows than go at a time: sums over all labels, not means of means."""
+    model, task = small(), parse_training("copying(length=2,vocab=10)")
+    generator = torch.Generator().manual_seed(7 + 1_000_003)
+    batches = [task.batch(generator, size) for size in (128, 2)]
+    tokens, labels = (torch.cat(parts)[:, 1:] for parts in zip(*batches, strict=True))
+    logits = model(torch.cat([b.tokens for b in batches])).logits[:, 1]
+    score = evaluate(model, task, rows=130, seed=7)
+    assert tokens.eq(0).all() and score.accuracy == (logits.argmax(-1) == labels[:, 0]).double().mean().item()
+    assert score.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels[:, 0]).item(), rel=1e-5)
 
 
 def test_the_first_step_by_hand() -> None:

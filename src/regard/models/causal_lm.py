@@ -12,7 +12,6 @@ from torch.nn.functional import linear, silu
 from regard.errors import ArgumentError, UnsupportedError, require
 from regard.layers.base import Output
 from regard.models.config import CausalLMConfig
-from regard.models.stack import Mixer
 
 
 class LMState(NamedTuple):
@@ -198,6 +197,3 @@ def held_bytes(state: Any) -> int:
     if isinstance(state, (tuple, list)):
         return sum(held_bytes(each) for each in state)
     return sum(held_bytes(each) for each in state.values()) if isinstance(state, dict) else 0
-
-
-__all__ = ["Block", "CausalLM", "CausalLMConfig", "LMOutput", "LMState", "Mixer", "Sampler", "greedy", "held_bytes"]

@@ -15,6 +15,8 @@ from regard.tasks.training import IGNORE, Batch, TrainingTask
 HELD_OUT_SEED = 1_000_003
 """Added to a run's seed for the held-out rows."""
 
+AT_A_TIME = 128
+
 
 @dataclass(frozen=True)
 class Score:
@@ -37,15 +39,15 @@ def scored_logits(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor, tuple[
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, task: TrainingTask, *, rows: int, batch: int, seed: int, bf16: bool = False) -> Score:
-    """The model in `eval()` on `rows` held-out rows, the same ones for the same seed; `batch` of them at a time."""
+def evaluate(model: CausalLM, task: TrainingTask, *, rows: int, seed: int, bf16: bool = False) -> Score:
+    """The model in `eval()` on `rows` held-out rows, the same ones for the same seed."""
     device, training = next(model.parameters()).device, model.training
     generator = torch.Generator().manual_seed(seed + HELD_OUT_SEED)
     loss, right, count = 0.0, 0, 0
     model.eval()
     try:
-        for start in range(0, rows, batch):
-            drawn = task.batch(generator, min(batch, rows - start), "held-out")
+        for start in range(0, rows, AT_A_TIME):
+            drawn = task.batch(generator, min(AT_A_TIME, rows - start), "held-out")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, labels, _ = scored_logits(model, Batch(*(t.to(device) for t in drawn)))
             loss += float(cross_entropy(logits, labels, reduction="sum"))

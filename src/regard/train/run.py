@@ -48,13 +48,6 @@ class RunSettings:
     device: str = "cpu"
     training: TrainSettings = field(default_factory=TrainSettings)
 
-    def __post_init__(self) -> None:
-        for (
-            config
-        ) in self.configs.values():  # a divisor that is none, a setting's bad value: said before the first step
-            with torch.device("meta"):
-                CausalLM(config)
-
     @cached_property
     def made_task(self) -> TrainingTask:
         """The task."""
@@ -124,14 +117,16 @@ def run(
     (without `resume` or `overwrite`), or holds none (with `resume`).
     """
     begun = [out / name / CHECKPOINT for name in (MODEL, CEILING) if (out / name / CHECKPOINT).exists()]
+    device, found = device_of(settings), list[ModelResult]()
     if resume:
         require(bool(begun), "out", str(out), "with --resume, the folder of a run that has saved a checkpoint")
     elif begun and not overwrite:
         raise ArgumentError("out", f"{out}, which holds a run", "another folder, or --resume, or --overwrite")
-    device, found = device_of(settings), []
-    for name, config in settings.configs.items():
-        torch.manual_seed(settings.training.seed)
-        model = CausalLM(config).to(device)
+    models = {
+        name: _built(config, settings) for name, config in settings.configs.items()
+    }  # what is wrong is said first
+    for name, model in models.items():
+        model.to(device)
         folder = _folder(out / name)
         with progress_line(name, settings.training.steps, console) as report:
             trained = train(
@@ -235,6 +230,11 @@ def _result(name: str, model: CausalLM, task: TrainingTask, trained: Trained) ->
         held = held_bytes(model(row).state)
     count = sum(p.numel() for p in model.parameters())
     return ModelResult(name, tuple(m.key for m in model.config.mixers), count, held, trained)
+
+
+def _built(config: CausalLMConfig, settings: RunSettings) -> CausalLM:
+    torch.manual_seed(settings.training.seed)
+    return CausalLM(config)
 
 
 def _folder(path: Path) -> Path:

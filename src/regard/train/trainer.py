@@ -124,7 +124,7 @@ def _step(
 
 
 def _point(model: CausalLM, task: TrainingTask, settings: TrainSettings, progress: Progress) -> CurvePoint:
-    score = evaluate(model, task, rows=settings.held_out, batch=settings.batch, seed=settings.seed, bf16=settings.bf16)
+    score = evaluate(model, task, rows=settings.held_out, seed=settings.seed, bf16=settings.bf16)
     mean = sum(progress.losses) / len(progress.losses)
     return CurvePoint(progress.step, mean, score.loss, score.accuracy, progress.seconds)
 
