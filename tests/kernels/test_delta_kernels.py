@@ -147,6 +147,7 @@ def close(found: dict[str, float], limit: float, what: object) -> None:
 def check_shapes() -> None:
     for n, dim, dim_v, decay, state, how in (
         (1, 16, 5, True, True, {}),
+        (20, 1, 1, True, True, {}),
         (15, 32, 16, True, False, {"chunk": 16}),
         (63, 16, 40, False, True, {"chunk": 64}),
         (64, 24, 16, True, True, {"chunk": 32}),

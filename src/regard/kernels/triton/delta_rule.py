@@ -198,7 +198,7 @@ def _factors(
         factors[(count, heads)](
             q, k, beta, decay, t, p, gates, chunks.table, *strides(q, k, beta, decay), heads, q.shape[3],
             LEVELS=(chunk // 16).bit_length() - 1, BD=how.factors.columns, DECAY=g is not None, MERGE=how.merge,
-            num_warps=how.factors.warps, num_stages=how.factors.stages, **compiled_for(q, chunk),
+            num_warps=how.factors.warps, num_stages=how.factors.stages, **compiled_for(q, chunk, how),
         )  # fmt: skip
     return t, p, gates
 
@@ -217,7 +217,7 @@ def _scan(
             chunks.sequences, *strides(q, k, v, v if out is None else out), heads, rows, columns,
             BV=how.scan.columns, START=state is not None, OUT=out is not None, KEEP=kept is not None,
             STAGES=how.scan.stages, num_warps=how.scan.warps, num_stages=how.scan.stages,
-            **compiled_for(q, t.shape[-1]),
+            **compiled_for(q, t.shape[-1], how),
         )  # fmt: skip
     return final
 
@@ -232,7 +232,7 @@ def delta_rule(
     beta (B, H, N); log_decay None or (B, H, N), ≤ 0, natural: under −80, −inf too, it forgets everything before.
     state (B, H, Dk, Dv) or None. No scale is applied to q, and k is not normalised.
     ends (0, …, N): documents packed into one row (B = 1); states are then one per document.
-    chunk_size: a power of two from 16 to 128; float32 takes at most 32. how: None for what suits the shape.
+    chunk_size: 16, 32 or 64 tokens; float32 is done in at most 32. how: None for what suits the shape.
     Raises ArgumentError, and UnsupportedError for a dtype or Dk that the kernels do not take.
     """
     require(q.ndim == 4, "q", tuple(q.shape), "(B, H, N, Dk)")
@@ -242,7 +242,7 @@ def delta_rule(
     for name, x in (("beta", beta), ("log_decay", log_decay)):
         shape = None if x is None else tuple(x.shape)
         require(shape is None or shape == (batch, heads, n), name, shape, f"({batch}, {heads}, {n})")
-    require(chunk_size in (16, 32, 64, 128), "chunk_size", chunk_size, "16, 32, 64, 128")
+    require(chunk_size in (16, 32, 64), "chunk_size", chunk_size, "16, 32, 64")
     if ends is not None:
         rising = len(ends) > 0 and (ends[0], ends[-1]) == (0, n) and all(a <= b for a, b in pairwise(ends))
         require(batch == 1 and rising, "ends", (f"B = {batch}", ends), f"B = 1 and 0 ≤ … ≤ {n}, not descending")

@@ -39,7 +39,6 @@ from regard.kernels.triton.delta_rule_layout import (
     between,
     compiled_for,
     decays,
-    precision,
     strides,
     tile,
 )
@@ -184,7 +183,7 @@ def gradients_of(
         reverse_scan[(triton.cdiv(columns, wide), heads, sequences)](
             q, k, dout, t, p, gates, dstart if dfinal is None else dfinal, dstart, dstates, dy, chunks.sequences,
             *strides(q, k, dout), heads, rows, columns, BV=wide, FINAL=dfinal is not None, STAGES=how.reverse.stages,
-            num_warps=how.reverse.warps, num_stages=how.reverse.stages, **compiled_for(q, chunk),
+            num_warps=how.reverse.warps, num_stages=how.reverse.stages, **compiled_for(q, chunk, how),
         )  # fmt: skip
     dq, dk, dv = (_like(x) for x in (q, k, v))
     parts = triton.cdiv(rows, how.channels)
@@ -196,7 +195,7 @@ def gradients_of(
             q, k, v, decay, dout, gates, states, dstates, written, dy, dq, dk, dv, dbeta, dg, chunks.table,
             *strides(q, k, v, decay, dout, dq, dk, dv, dbeta), heads, rows, columns,
             BD=how.channels, BV=how.gradients.columns, DECAY=g is not None, STAGES=how.gradients.stages,
-            num_warps=how.gradients.warps, num_stages=how.gradients.stages, C=chunk, PRECISION=precision(q),
+            num_warps=how.gradients.warps, num_stages=how.gradients.stages, C=chunk, PRECISION=how.products,
         )  # fmt: skip
     found = None if g is None else dg.sum(0).to(g.dtype)
     return dq, dk, dv, dbeta.sum(0).to(beta.dtype), found, dstart

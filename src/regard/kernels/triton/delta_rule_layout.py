@@ -28,7 +28,7 @@ class Launches:
 
     factors: channels of keys per step. scan, reverse: values of the state that one program holds.
     gradients: values per step; `channels`: channels of keys that one program of it gives gradients for.
-    merge: precision in which blocks of the inverse are put together."""
+    merge: precision in which blocks of the inverse are put together. products: of all other products."""
 
     factors: Launch
     scan: Launch
@@ -37,19 +37,22 @@ class Launches:
     channels: int = 128
     chunk: int = 64
     merge: str = "tf32x3"
+    products: str = "tf32"  # half precision has but one
 
 
 def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
-    """By the shape of the state, rows (Dk) × columns (Dv). Float32 takes smaller tiles: its products are exact."""
+    """By the shape of the state, rows (Dk) × columns (Dv), so that its tiles stay in registers.
+
+    Float32 takes small ones: its exact products keep both factors there."""
     wide = max(16, triton.next_power_of_2(columns))
     tall = max(16, triton.next_power_of_2(rows))
     if dtype == torch.float32:
-        thin = Launch(min(wide, 16 if tall > 128 else 32), 4, 1)
-        return Launches(Launch(min(tall, 32), 4, 1), thin, thin, thin, min(tall, 64), 32, "ieee")
-    column = Launch(min(wide, 32 if tall > 128 else 64), 4, 2)
-    return Launches(
-        Launch(min(tall, 128), 4, 1), column, column, Launch(min(wide, 32), 8, 2), min(tall, 128)
-    )  # fmt: skip
+        thin = Launch(16, 8, 1)
+        short = 32 if tall <= 128 else 16
+        return Launches(Launch(min(tall, 32), 4, 1), thin, thin, thin, min(tall, 64), short, "ieee", "ieee")
+    column = Launch(min(wide, 64 if tall <= 64 else 32), 4 if tall <= 128 else 8, 2)
+    channels = min(tall, 128)
+    return Launches(Launch(channels, 4, 1), column, column, Launch(min(wide, 32), 8, 2), channels)
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,9 @@ def strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in x.stride()[:3]]
 
 
-def precision(q: Tensor) -> str:
-    """Of products: exact for float32; half precision has but one."""
-    return "ieee" if q.dtype == torch.float32 else "tf32"
-
-
-def compiled_for(q: Tensor, chunk: int) -> dict[str, Any]:
+def compiled_for(q: Tensor, chunk: int, how: Launches) -> dict[str, Any]:
     """The chunk, the block of keys' channels and the precision that a kernel with the whole state is compiled for."""
-    return {"C": chunk, "BK": max(16, triton.next_power_of_2(q.shape[3])), "PRECISION": precision(q)}
+    return {"C": chunk, "BK": max(16, triton.next_power_of_2(q.shape[3])), "PRECISION": how.products}
 
 
 @triton.jit
