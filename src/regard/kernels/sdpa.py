@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.kernels.request import Keys, Request
-from regard.kernels.strips import height_for, over_strips
+from regard.kernels.request import Request
+from regard.kernels.strips import Strip, height_for, over_strips, take
 
 _WORTH_WIDENING = 128  # queries from which the fused kernels' need for D = Dv is worth a padded copy
 
@@ -39,9 +39,9 @@ def run(request: Request) -> tuple[Tensor, None]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=request.scale, enable_gqa=grouped)
         return out[..., :width], None
 
-    def strip(rows: slice, keys: Keys, masked: bool) -> tuple[Tensor, Tensor]:
-        visible = request.visible(rows, keys) if masked else None
-        out = _masked(q[:, :, rows], k[:, :, keys], v[:, :, keys], visible, request.scale)
+    def strip(one: Strip) -> tuple[Tensor, Tensor]:
+        visible = request.visible(one.rows, one.keys) if one.masked else None
+        out = _masked(q[:, :, one.rows], take(k, one.keys), take(v, one.keys), visible, request.scale, one.blind)
         return out, out.new_empty((*out.shape[:3], 0))
 
     return over_strips(request, height_for(request, _mask_lanes(request)), strip)[0][..., :width], None
@@ -63,23 +63,27 @@ def _mask_lanes(request: Request) -> int:
     return rows * (request.q.shape[1] if by_head else request.group)
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, blind: bool) -> Tensor:
     """Attention under a mask (B or 1, Hq or 1, n, m); rows that see nothing come out as zeros, with zero gradients.
 
-    The heads of a group are laid below one another as queries of their key head, since not every fused kernel
-    serves groups under a mask without repeating the keys.
+    blind: there may be such rows. The heads of a group are laid below one another as queries of their key head, since
+    not every fused kernel serves groups under a mask without repeating the keys.
     """
     batch, heads, n, width = q.shape
     group = heads // k.shape[1]
     stacked = q.reshape(batch, k.shape[1], group * n, width)
     if visible is None:
         return F.scaled_dot_product_attention(stacked, k, v, scale=scale).reshape(batch, heads, n, -1)
-    something = visible.any(-1, keepdim=True)
-    mask = visible | ~something  # torch leaves rows without a key undefined: let them see all, then drop what they saw
+    mask, something = visible, None
+    if blind:  # torch leaves rows without a key undefined: let them see all, then drop what they saw
+        something = visible.any(-1, keepdim=True)
+        mask = visible | ~something
     if group > 1:
         mask = (
             mask.unflatten(1, (-1, group)) if mask.shape[1] == heads else mask[:, :, None].expand(-1, -1, group, -1, -1)
         )
         mask = mask.flatten(2, 3)
     out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scale).reshape(batch, heads, n, -1)
-    return torch.where(something, out, torch.zeros((), dtype=out.dtype, device=out.device))
+    return (
+        out if something is None else torch.where(something, out, torch.zeros((), dtype=out.dtype, device=out.device))
+    )

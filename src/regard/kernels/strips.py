@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +18,25 @@ _KEY_BLOCK = 128
 _TALLEST = 256  # queries of a strip, where a pattern may leave most keys out: a taller strip sees more of them
 _WORTH_CROPPING = 2048  # keys below which looking for the visible range costs more than it saves
 
-StripFunction = Callable[[slice, Keys, bool], tuple[Tensor, Tensor]]
-Plan = tuple[slice, Keys, bool]
+
+class Strip(NamedTuple):
+    """Some queries and the keys, a range or long indices, outside of which they see nothing."""
+
+    rows: slice
+    keys: Keys
+    masked: bool
+    """False when they see all of these keys."""
+    blind: bool
+    """False when each of them is known to see a key."""
+
+
+StripFunction = Callable[[Strip], tuple[Tensor, Tensor]]
 
 
 def over_strips(request: Request, height: int, strip: StripFunction, crop: bool = True) -> tuple[Tensor, Tensor]:
-    """Concatenate strip(rows, keys, masked) -> (out, lse) over strips of `height` queries.
+    """Concatenate strip(Strip) -> (out, lse) over strips of `height` queries.
 
-    keys is a range, or long indices, outside of which these queries see nothing; masked is False when they see all of
-    it. With several strips and a backward to come, each strip is computed again in the backward instead of keeping its
+    With several strips and a backward to come, each strip is computed again in the backward instead of keeping its
     weights.
     """
     n, m = request.q.shape[2], request.k.shape[2]
@@ -35,15 +46,20 @@ def over_strips(request: Request, height: int, strip: StripFunction, crop: bool 
     if masked and crop and m >= _WORTH_CROPPING and not (waits and height >= n):
         plans = _cropped(_on_host(request) if on_host else request, height)
     else:
-        plans = [(slice(s, min(s + height, n)), slice(0, m), masked) for s in range(0, n, height)]
+        plans = [Strip(slice(s, min(s + height, n)), slice(0, m), masked, True) for s in range(0, n, height)]
     again = len(plans) > 1 and torch.is_grad_enabled()
     parts = [
-        checkpoint(strip, *plan, use_reentrant=False, preserve_rng_state=False) if again else strip(*plan)
+        checkpoint(strip, plan, use_reentrant=False, preserve_rng_state=False) if again else strip(plan)
         for plan in plans
     ]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def take(x: Tensor, keys: Keys) -> Tensor:
+    """x[:, :, keys]; index_select copies whole rows, three times as fast as indexing does."""
+    return x[:, :, keys] if isinstance(keys, slice) else x.index_select(2, keys)
 
 
 def height_for(request: Request, lanes: int) -> int:
@@ -56,17 +72,19 @@ def height_for(request: Request, lanes: int) -> int:
     return min(n, height if height < 64 else height - height % 64) or 1
 
 
-def _cropped(request: Request, height: int) -> list[Plan]:
+def _cropped(request: Request, height: int) -> list[Strip]:
     n, m = request.q.shape[2], request.k.shape[2]
     kinds = tile_kinds(request, height, _KEY_BLOCK)
     some = (kinds != EMPTY).any(0).any(0).tolist()
-    every = (kinds == FULL).all(0).all(0).tolist()
-    plans: list[Plan] = []
+    filled = kinds == FULL
+    every, sure = filled.all(0).all(0).tolist(), filled.any(-1).all(0).all(0).tolist()
+    plans: list[Strip] = []
     for s, (seen, full) in enumerate(zip(some, every, strict=True)):
         columns = [c for c, yes in enumerate(seen) if yes] or [0]
         keys = _keys(columns, m, request.q.device)
         blocks = columns if isinstance(keys, Tensor) else range(columns[0], columns[-1] + 1)
-        plans.append((slice(s * height, min((s + 1) * height, n)), keys, not all(full[c] for c in blocks)))
+        rows = slice(s * height, min((s + 1) * height, n))
+        plans.append(Strip(rows, keys, masked=not all(full[c] for c in blocks), blind=not sure[s]))
     return plans
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regard.kernels.reference.softmax import softmax_with_lse
 from regard.kernels.request import Keys, Request
-from regard.kernels.strips import height_for, over_strips
+from regard.kernels.strips import Strip, height_for, over_strips, take
 
 
 def refuses(request: Request) -> str | None:
@@ -25,9 +25,9 @@ def run(request: Request) -> tuple[Tensor, Tensor]:
     k, v = (x.to(held) for x in request.clean_kv())
     q = request.q.to(held)
 
-    def strip(rows: slice, keys: Keys, masked: bool) -> tuple[Tensor, Tensor]:
-        logits = logits_of(request, q[:, :, rows], k[:, :, keys], rows, keys)
-        visible = request.visible(rows, keys) if masked else None
+    def strip(one: Strip) -> tuple[Tensor, Tensor]:
+        logits = logits_of(request, q[:, :, one.rows], take(k, one.keys), one.rows, one.keys)
+        visible = request.visible(one.rows, one.keys) if one.masked else None
         if request.normalizer is None:
             weights, lse = softmax_with_lse(logits, visible, request.sinks)
         else:
@@ -35,7 +35,7 @@ def run(request: Request) -> tuple[Tensor, Tensor]:
             everywhere = everywhere.expand_as(logits)
             weights = request.normalizer(logits, everywhere).masked_fill(~everywhere, 0)
             lse = logits.new_full(logits.shape[:-1], torch.nan)
-        return grouped_matmul(weights, v[:, :, keys]).to(request.q.dtype), lse
+        return grouped_matmul(weights, take(v, one.keys)).to(request.q.dtype), lse
 
     # a normaliser of one's own may count keys, so it is shown all of them
     return over_strips(
