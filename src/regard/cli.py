@@ -170,7 +170,7 @@ def train(
     dim: Annotated[int, typer.Option(help="Width.")] = 64,
     heads: Annotated[int, typer.Option(help="Of every mixer.")] = 2,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Rows a step.")] = 32,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 16,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Of weights, batches and held-out rows.")] = 0,

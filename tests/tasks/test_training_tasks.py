@@ -84,9 +84,9 @@ def test_random_non_queries_fill_the_rest_and_change_no_label() -> None:
 
 
 def test_the_curriculum_ends_with_the_task_itself() -> None:
-    task = MQAR(pairs=16, curriculum=True)
-    assert [task.at(x).pairs for x in (0.0, 0.2, 0.3, 0.5, 1.0)] == [2, 2, 8, 16, 16]
-    assert MQAR(pairs=16).at(0.0) == MQAR(pairs=16) and task.at(0.6) is task
+    task = MQAR(pairs=16)
+    assert [task.at(x).pairs for x in (0.0, 0.4, 0.5, 0.6, 1.0)] == [4, 4, 8, 16, 16]
+    assert MQAR(curriculum=False).at(0.0) == MQAR(curriculum=False) and task.at(0.6) is task
 
 
 @pytest.mark.parametrize("name", ["mqar", "mqar(random_non_queries=True)", "copying", "bytes(length=32)"])

@@ -122,9 +122,9 @@ def run(
         require(bool(begun), "out", str(out), "with --resume, the folder of a run that has saved a checkpoint")
     elif begun and not overwrite:
         raise ArgumentError("out", f"{out}, which holds a run", "another folder, or --resume, or --overwrite")
-    models = {
-        name: _built(config, settings) for name, config in settings.configs.items()
-    }  # what is wrong is said first
+    models = {name: _built(config, settings) for name, config in settings.configs.items()}  # errors before any folder
+    for old in () if resume else begun:
+        old.unlink()
     for name, model in models.items():
         model.to(device)
         folder = _folder(out / name)
