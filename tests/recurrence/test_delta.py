@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import ArgumentError
-from regard.recurrence import DeltaInputs, DeltaRule, delta, diagonal
+from regard.recurrence import DeltaInputs, DeltaRule, delta, diagonal, spans
 from regard.recurrence.delta import chunked, parallel, recurrent
 
 B, H, DK, DV = 2, 3, 6, 5
@@ -190,6 +190,19 @@ def test_autocast_does_not_reach_the_solve_and_the_state(executor, form: str) ->
     with torch.autocast("cpu", torch.bfloat16):
         assert (q @ k.mT).dtype == torch.bfloat16
         assert all(torch.equal(a, b) for a, b in zip(run(*given), want, strict=True))
+
+
+@pytest.mark.parametrize("executor", [delta, diagonal])
+def test_however_many_chunks_are_worked_on_together(executor, monkeypatch) -> None:
+    q, k, v, beta, g, s = make(70)
+    given = (q, k, v, beta, g, s) if executor is delta else (q, k, v, g[..., None], s)
+    want = executor.recurrent(*given)
+    chunks_of_8 = B * H * 8 * (DK + DV)
+    for cached, count in ((1, 9), (3 * chunks_of_8, 4), (10**9, 2)):  # 8 whole chunks and 6 tokens
+        monkeypatch.setattr(spans, "CACHED", cached)
+        assert len(list(spans.spans(q, v, 8))) == count
+        for got, expected in zip(executor.chunked(*given, chunk_size=8), want, strict=True):
+            torch.testing.assert_close(got, expected, **EXACT)
 
 
 def test_long_runs_at_every_strength_stay_exact_in_float32() -> None:

@@ -30,6 +30,7 @@ from regard.errors import require
 from regard.recurrence.decay import between, from_start, to_end
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.recurrence.precision import outside_autocast
+from regard.recurrence.spans import spans
 
 
 @outside_autocast
@@ -83,23 +84,17 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """Linear in N: one triangular system per chunk, the state between them. Same results as `recurrent`.
 
-    All chunks' systems are solved together; only the N/chunk_size states are chained.
+    All chunks' systems are solved together (on a CPU those that stay in its cache); only the states are chained.
     O(N·(chunk_size·(Dk+Dv) + Dk·Dv)) time, O(N·(Dk+Dv+chunk_size) + N/chunk_size·Dk·Dv) memory. Any N;
     chunk_size ≥ 1."""
     require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
-    dtype, n = v.dtype, v.shape[2]
+    dtype = v.dtype
     q, k, v, beta, g, state = prepare(q, k, v, beta, log_decay, state)
-    whole = n - n % chunk_size
     outs = []
-    # What does not fill a chunk is one more chunk, of its own size.
-    for start, stop, size in ((0, whole, chunk_size), (whole, n, n - whole)):
-        if stop > start:
-            span = slice(start, stop)
-            gates = g[:, :, span] if g.shape[2] > 1 else g
-            out, state = _whole_chunks(
-                q[:, :, span], k[:, :, span], v[:, :, span], beta[:, :, span], gates, state, size
-            )
-            outs.append(out)
+    for span, size in spans(q, v, chunk_size):
+        gates = g[:, :, span] if g.shape[2] > 1 else g
+        out, state = _whole_chunks(q[:, :, span], k[:, :, span], v[:, :, span], beta[:, :, span], gates, state, size)
+        outs.append(out)
     return (torch.cat(outs, 2) if outs else v).to(dtype), state
 
 
@@ -136,26 +131,37 @@ def _solve(k: Tensor, weight: Tensor, beta: Tensor, right: Tensor) -> Tensor:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Check shapes; everything in the accumulation dtype, β and the decay with four axes, the state present.
+    """`check`, then everything in the accumulation dtype, β and the decay with four axes, the state present."""
+    log_decay = check(q, k, v, beta, log_decay, state)
+    dtype = accumulation_dtype(q, k, v)
+    if log_decay is None:
+        log_decay = q.new_zeros((1, 1, 1))
+    if state is None:
+        state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype, device=q.device)
+    q, k, v, beta, log_decay, state = (x.to(dtype) for x in (q, k, v, beta, log_decay, state))
+    return q, k, v, beta[..., None], log_decay[..., None], state
 
-    Raises ArgumentError naming the tensor. Values are not checked (that would wait for the device)."""
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None
+) -> Tensor | None:
+    """The decay with three axes, or None. Raises ArgumentError naming the tensor whose shape does not fit.
+
+    Values are not checked (that would wait for the device)."""
     require(q.ndim == 4, "q", tuple(q.shape), "(B, H, N, Dk)")
     batch, heads, n, dim = q.shape
     require(k.shape == q.shape, "k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}")
     require(v.ndim == 4 and v.shape[:3] == q.shape[:3], "v", tuple(v.shape), f"({batch}, {heads}, {n}, Dv)")
     require(beta.shape == q.shape[:3], "beta", tuple(beta.shape), f"({batch}, {heads}, {n}): one per token and head")
-    dtype = accumulation_dtype(q, k, v)
+    wanted = (batch, heads, dim, v.shape[3])
+    if state is not None:
+        require(state.shape == wanted, "state", tuple(state.shape), f"{wanted}: (B, H, Dk, Dv)")
     if log_decay is None:
-        log_decay = q.new_zeros((1, 1, 1))
-    elif log_decay.ndim == 1:
+        return None
+    if log_decay.ndim == 1:
         require(log_decay.shape[0] == heads, "log_decay", tuple(log_decay.shape), f"({heads},): one per head")
         log_decay = log_decay[None, :, None]
     shape = tuple(log_decay.shape)
     fits = len(shape) == 3 and all(a in (1, b) for a, b in zip(shape, (batch, heads, n), strict=True))
     require(fits, "log_decay", shape, f"({heads},), or broadcastable to {(batch, heads, n)}")
-    wanted = (batch, heads, dim, v.shape[3])
-    if state is None:
-        state = torch.zeros(wanted, dtype=dtype, device=q.device)
-    require(state.shape == wanted, "state", tuple(state.shape), f"{wanted}: (B, H, Dk, Dv)")
-    q, k, v, beta, log_decay, state = (x.to(dtype) for x in (q, k, v, beta, log_decay, state))
-    return q, k, v, beta[..., None], log_decay[..., None], state
+    return log_decay

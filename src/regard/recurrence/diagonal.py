@@ -19,6 +19,7 @@ from torch import Tensor
 from regard.errors import require
 from regard.recurrence.decay import between, from_start, to_end
 from regard.recurrence.precision import outside_autocast
+from regard.recurrence.spans import spans
 
 
 @outside_autocast
@@ -67,21 +68,18 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """Linear in N: the parallel form within chunks, the state between them. Same results as `recurrent`.
 
-    All chunks are worked on together; only the N/chunk_size states are chained. Matrix products throughout, for a gate
-    per channel too (`_within_by_halving`); no exponent is ever positive. O(N·(chunk_size·(Dk+Dv) + Dk·Dv)) time,
-    O(N·(Dk+Dv+chunk_size) + N/chunk_size·Dk·Dv) memory. Any N; chunk_size ≥ 1."""
+    All chunks are worked on together (on a CPU those that stay in its cache); only the states are chained. Matrix
+    products throughout, for a gate per channel too (`_within_by_halving`); no exponent is ever positive.
+    O(N·(chunk_size·(Dk+Dv) + Dk·Dv)) time, O(N·(Dk+Dv+chunk_size) + N/chunk_size·Dk·Dv) memory. Any N;
+    chunk_size ≥ 1."""
     require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
-    dtype, n = v.dtype, v.shape[2]
+    dtype = v.dtype
     q, k, v, g, state = prepare(q, k, v, log_decay, state)
-    whole = n - n % chunk_size
     outs = []
-    # What does not fill a chunk is one more chunk, of its own size.
-    for start, stop, size in ((0, whole, chunk_size), (whole, n, n - whole)):
-        if stop > start:
-            span = slice(start, stop)
-            gates = g[:, :, span] if g.shape[2] > 1 else g
-            out, state = _whole_chunks(q[:, :, span], k[:, :, span], v[:, :, span], gates, state, size)
-            outs.append(out)
+    for span, size in spans(q, v, chunk_size):
+        gates = g[:, :, span] if g.shape[2] > 1 else g
+        out, state = _whole_chunks(q[:, :, span], k[:, :, span], v[:, :, span], gates, state, size)
+        outs.append(out)
     return (torch.cat(outs, 2) if outs else v).to(dtype), state
 
 
