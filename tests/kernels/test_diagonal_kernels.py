@@ -33,9 +33,12 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["none", "fixed", "scalar", "channel", "scalar extreme", "channel extreme"])
-def test_on_a_gpu(kind: str) -> None:
-    check(kind, interpret=False)
+@pytest.mark.parametrize(
+    "kind", ["none", "fixed"] + [f"{x}{y}" for x in ("scalar", "channel") for y in ("", " strong", " extreme")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_on_a_gpu(kind: str, dtype: str) -> None:
+    check(kind, dtype, interpret=False)
 
 
 def test_what_the_kernels_refuse_is_said_with_who_serves_it() -> None:

@@ -8,8 +8,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from regard.recurrence.delta import chunked, recurrent
+from regard.recurrence.delta import check, chunked, recurrent
 from regard.recurrence.diagonal import accumulation_dtype
+from regard.recurrence.documents import one_by_one
+from regard.recurrence.executor import Executor, fused, needs_gradient, refuses, without_triton
 from regard.registry import register
 
 
@@ -47,9 +49,12 @@ class DeltaState(NamedTuple):
 class DeltaRule:
     """S' = e^{g_t} S_{t-1}, S_t = S' + β_t k_t (v_t − S'ᵀ k_t)ᵀ, o_t = S_tᵀ q_t.
 
-    chunk_size: tokens worked on together by `scan`; a tuning knob, the result does not depend on it."""
+    chunk_size: tokens worked on together by the torch form of `scan`; a tuning knob, the result does not depend on it.
+    executor: "torch", "triton" (the kernels, which choose their own chunks), or "auto": the kernels on CUDA.
+    """
 
     chunk_size: int = 64
+    executor: Executor = "auto"
 
     def init(self, inputs: DeltaInputs) -> DeltaState:
         """Zeros."""
@@ -59,13 +64,49 @@ class DeltaRule:
 
     def step(self, state: DeltaState, inputs: DeltaInputs) -> tuple[DeltaState, Tensor]:
         """One token, inputs of length 1."""
+        if self._fused(inputs):
+            if needs_gradient(*inputs, state.s):
+                out, state = self.scan(inputs, state)
+                return state, out
+            from regard.kernels.triton.state_step import step
+
+            g = check(*inputs, state.s)
+            g = None if g is None else g[..., None]
+            out, s = step(inputs.q, inputs.k, inputs.v, state.s, g, inputs.beta)
+            return DeltaState(s), out
         out, s = recurrent(*inputs, state.s)
         return DeltaState(s), out
 
     def scan(self, inputs: DeltaInputs, state: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
-        """The chunked form. Returns (out (B, H, N, Dv) in v's dtype, final state)."""
-        out, s = chunked(*inputs, None if state is None else state.s, chunk_size=self.chunk_size)
+        """The kernels, or the chunked form. Returns (out (B, H, N, Dv) in v's dtype, final state)."""
+        s = None if state is None else state.s
+        if self._fused(inputs):
+            out, s = _kernels(inputs, s, None)
+        else:
+            out, s = chunked(*inputs, s, chunk_size=self.chunk_size)
         return out, DeltaState(s)
+
+    def scan_documents(
+        self, inputs: DeltaInputs, cu_seqlens: Tensor, states: DeltaState | None
+    ) -> tuple[Tensor, DeltaState]:
+        """See `documents.scan_documents`, which has checked the arguments."""
+        if not self._fused(inputs):
+            return one_by_one(self, inputs, cu_seqlens.tolist(), states)
+        out, s = _kernels(inputs, None if states is None else states.s, tuple(cu_seqlens.tolist()))
+        return out, DeltaState(s)
+
+    def _fused(self, inputs: DeltaInputs) -> bool:
+        q, k, v = inputs[:3]
+        return inputs.length > 0 and fused(self.executor, q, without_triton(q) or refuses(q, k, v))
+
+
+def _kernels(inputs: DeltaInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    from regard.kernels.triton.delta_rule import delta_rule
+
+    q, k, v, beta, _ = inputs
+    g = check(*inputs, s if ends is None else None)
+    g = None if g is None else g.expand(q.shape[:3])
+    return delta_rule(q, k, v, beta, g, s, ends=ends)
 
 
 def _example() -> tuple[DeltaRule, DeltaInputs]:

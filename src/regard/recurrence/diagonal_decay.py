@@ -10,11 +10,8 @@ from torch import Tensor
 
 from regard.recurrence.diagonal import accumulation_dtype, check, chunked, recurrent
 from regard.recurrence.documents import one_by_one
-from regard.recurrence.executor import Executor, fused, without_triton
+from regard.recurrence.executor import Executor, fused, needs_gradient, refuses, without_triton
 from regard.registry import register
-
-MAX_DIM = 256  # channels of a key or a value that the kernels take
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class DiagonalInputs(NamedTuple):
@@ -64,8 +61,14 @@ class DiagonalDecay:
     def step(self, state: DiagonalState, inputs: DiagonalInputs) -> tuple[DiagonalState, Tensor]:
         """One token, inputs of length 1."""
         if self._fused(inputs):
-            out, state = self.scan(inputs, state)
-            return state, out
+            if needs_gradient(*inputs, state.s):
+                out, state = self.scan(inputs, state)
+                return state, out
+            from regard.kernels.triton.state_step import step
+
+            g = check(*inputs, state.s)
+            out, s = step(inputs.q, inputs.k, inputs.v, state.s, g)
+            return DiagonalState(s), out
         out, s = recurrent(*inputs, state.s)
         return DiagonalState(s), out
 
@@ -89,17 +92,7 @@ class DiagonalDecay:
 
     def _fused(self, inputs: DiagonalInputs) -> bool:
         q, k, v, _ = inputs
-        return inputs.length > 0 and fused(self.executor, q, without_triton(q) or _refuses(q, k, v))
-
-
-def _refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot serve these shapes and dtypes; None when they can."""
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] > MAX_DIM:
-            return f"{name}'s head dim is {x.shape[-1]}; they take at most {MAX_DIM}"
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        return f"they take q, k and v in one of float16, bfloat16, float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-    return None
+        return inputs.length > 0 and fused(self.executor, q, without_triton(q) or refuses(q, k, v))
 
 
 def _kernels(inputs: DiagonalInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from regard.errors import UnknownNameError, UnsupportedError
 
 Executor = Literal["auto", "torch", "triton"]
+MAX_DIM = 256  # channels of a key or a value that the kernels take
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _announced: set[str] = set()
 
 
@@ -22,6 +24,16 @@ def without_triton(q: Tensor) -> str | None:
         return "triton is not installed"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "its kernels run on CUDA (or anywhere, slowly, under TRITON_INTERPRET=1)"
+    return None
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels of matrix states cannot serve these shapes and dtypes; None when they can."""
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > MAX_DIM:
+            return f"{name}'s head dim is {x.shape[-1]}; they take at most {MAX_DIM}"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        return f"they take q, k and v in one of float16, bfloat16, float32, not {q.dtype}, {k.dtype}, {v.dtype}"
     return None
 
 
@@ -46,3 +58,8 @@ def fused(executor: Executor, q: Tensor, refusal: str | None) -> bool:
             f"this recurrence runs in plain torch on a GPU because its kernels refuse: {refusal}", stacklevel=4
         )
     return refusal is None
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -42,21 +42,20 @@ class Launch:
     stages: int
 
 
-def launch(kind: Kind, of_keys: bool, columns: int, dtype: torch.dtype) -> Launch:
-    """Measured on an H100 at head dims of 128 in bfloat16; other dtypes and sizes take what fits."""
+def launch(kind: Kind, columns: int, programs: int, dtype: torch.dtype) -> Launch:
+    """Measured on an H100 at head dims of 128 in bfloat16. programs: heads × pieces, each of which walks its tokens."""
     fits = max(16, triton.next_power_of_2(columns))
     if dtype == torch.float32:
         return Launch(min(32, fits), 4, 2)
-    if kind == "none" or (kind == "channel" and of_keys):
-        return Launch(min(64, fits), 4, 3)
-    return Launch(min(32, fits), 4, 3 if kind == "scalar" else 2)
+    if kind == "channel" or programs * -(-columns // 64) < PROCESSORS // 2:
+        return Launch(min(32, fits), 4, 2)
+    return Launch(min(64, fits), 4, 3)
 
 
-def chunk_size(n: int, dims: int, dtype: torch.dtype) -> int:
-    """Tokens at a time."""
-    if n <= 16:
-        return 16
-    return 64 if dims <= 128 and dtype.itemsize == 2 else 32
+def chunk_size(dtype: torch.dtype) -> int:
+    """Tokens at a time. Fewer than 64 rows leave Hopper's large matrix instructions (and, mixed with them, gave wrong
+    numbers with Triton 3.6); float32 products are exact and slow."""
+    return 64 if dtype.itemsize == 2 else 32
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def scan(
     `beside` needs a decay that is not per channel."""
     pieces, of_keys = work.pieces, len(scaled) == 2
     if how is None:
-        how = launch(work.kind, of_keys, v.shape[3], q.dtype)
+        how = launch(work.kind, v.shape[3], q.shape[1] * pieces.table.shape[0], q.dtype)
     arguments = (q, k, v, scaled, work, reverse, how)
     if pieces.split > 1:
         local = _run(*arguments, None, None, wanted=False)[1]
@@ -188,15 +187,16 @@ class _Diagonal(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         work = prepare(q, k, g, pieces, chunk)
         out, final, _ = scan(q, k, v, work, state, scaled=(work.qs, work.ks))
-        ctx.save_for_backward(q, k, v, g, state, final)
+        ctx.save_for_backward(q, k, v, g, state, final, work.sums)
         ctx.pieces, ctx.chunk = pieces, chunk
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, g, state, final = ctx.saved_tensors
-        work = prepare(q, k, g, ctx.pieces, ctx.chunk)
+        q, k, v, g, state, final, sums = ctx.saved_tensors
+        pieces, chunk = ctx.pieces, ctx.chunk
+        work = prepare(q, k, g, pieces, chunk) if sums is None else Work("scalar", pieces, chunk, g, sums)
         dout = torch.zeros_like(v) if dout is None else _rows(dout.to(v.dtype))
         gated = ctx.needs_input_grad[3]
         beside = (q, k) if gated and work.kind == "scalar" else (None, None)
@@ -257,7 +257,7 @@ def diagonal(
         per_channel = g.shape[3] > 1
         g = g.expand(batch, heads, n, dim) if per_channel else g.expand(batch, heads, n, 1)[..., 0]
         g = _rows(g) if per_channel else g
-    chunk = chunk_size(n, max(dim, v.shape[3]), q.dtype)
+    chunk = chunk_size(q.dtype)
     if ends is not None:
         pieces = documents(ends, chunk, q.device)
     else:

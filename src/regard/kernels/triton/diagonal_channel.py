@@ -5,8 +5,8 @@
 
 The forward of a gate per channel is `keys`; the gradients of q and k are `values`, that of v is `keys` in reverse
 (pairs i ≥ j, from the end). Within a chunk, e^{b_i − b_j} is split into e^{b_i} e^{−b_j}: `scale` writes q e^{b} and
-k e^{−b} once, for all four scans, which are then nearly those without a decay. That is sound while b stays above −LIMIT;
-a chunk that forgets more is done from q and k themselves in blocks of 16 tokens, and a block that still does, token by
+k e^{−b} once, for all four scans, which are then nearly those without a decay. Sound while b stays above −LIMIT; a
+chunk that forgets more is done from q and k themselves in blocks of 16 tokens, and a block that still does, token by
 token. So any decay down to −inf is exact, no exponent is ever above LIMIT, and it is slower only where that happens.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regard.kernels.triton.diagonal_scalar import tile
+from regard.kernels.triton.diagonal_chunk import advance, tile
 
 
 @triton.jit
@@ -52,29 +52,6 @@ def scale(
 
 
 @triton.jit
-def _advance(
-    q, k, v, kept, read, state, index,
-    KEYS: tl.constexpr, REVERSE: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One chunk of scaled inputs: (outputs, next state). kept: its whole decay; read: what outputs are scaled by."""
-    kept = kept[:, None] if KEYS else kept[None]
-    if REVERSE:
-        state = state * kept
-    acc = tl.zeros([q.shape[0], v.shape[1]], tl.float32)
-    if OUT:
-        seen = (index[:, None] <= index[None]) if REVERSE else (index[:, None] >= index[None])
-        logits = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-        acc = tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
-        acc = tl.dot(logits.to(v.dtype), v, acc, input_precision=PRECISION)
-        if not KEYS:
-            acc = acc * read
-    state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
-    if not REVERSE:
-        state = state * kept
-    return acc, state
-
-
-@triton.jit
 def scan_channel(
     Q, K, V, QS, KS, VS, G, Total, Sound, Out, Start, Final, Pieces,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sub, suh, sun, sgb, sgh, sgn, sob, soh, son,
@@ -89,7 +66,7 @@ def scan_channel(
     row = tl.load(Pieces + piece * 4).to(tl.int64)
     begin, end = tl.load(Pieces + piece * 4 + 1), tl.load(Pieces + piece * 4 + 2)
     first_chunk = tl.load(Pieces + piece * 4 + 3).to(tl.int64)
-    c, few, dk, dv = tl.arange(0, C), tl.arange(0, 16), tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    c, dk, dv = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
     state = tl.zeros([BK, BV], tl.float32)
     entry = (piece * heads + h) * DK * DV + dk[:, None] * DV + dv[None]
     held = (dk < DK)[:, None] & (dv < DV)[None]
@@ -99,66 +76,72 @@ def scan_channel(
     g_base, out_base, scaled = G + row * sgb + h * sgh, Out + row * sob + h * soh, row * sub + h * suh
     gated, width = (dk, DK) if KEYS else (dv, DV)
     chunks = tl.cdiv(end - begin, C)
+    turn = chunks - 1 if REVERSE else 0
+    chunk = (first_chunk + turn) * heads + h
+    next_sound, next_total = (
+        tl.load(Sound + chunk),
+        tl.load(Total + chunk * width + gated, mask=gated < width, other=0.0),
+    )
     for n in tl.range(0, chunks, num_stages=STAGES):
-        turn = (chunks - 1 - n) if REVERSE else n
-        at = begin + turn * C
-        chunk = (first_chunk + turn) * heads + h
+        at = begin + ((chunks - 1 - n) if REVERSE else n) * C
+        sound, kept = next_sound, tl.exp2(next_total)
+        turn = tl.maximum(chunks - 2 - n, 0) if REVERSE else tl.minimum(n + 1, chunks - 1)
+        chunk = (first_chunk + turn) * heads + h  # the next one's are on their way while this one is worked on
+        next_sound = tl.load(Sound + chunk)
+        next_total = tl.load(Total + chunk * width + gated, mask=gated < width, other=0.0)
         if KEYS:
             q, k = tile(QS + scaled, at, sun, c, dk, end, DK), tile(KS + scaled, at, sun, c, dk, end, DK)
             v = tile(v_base, at, svn, c, dv, end, DV)
         else:
             q, k = tile(q_base, at, sqn, c, dk, end, DK), tile(k_base, at, skn, c, dk, end, DK)
             v = tile(VS + scaled, at, sun, c, dv, end, DV)
-        kept = tl.exp2(tl.load(Total + chunk * width + gated, mask=gated < width, other=0.0))
-        if tl.load(Sound + chunk) != 0:
-            read = kept
+        if sound != 0:
+            leaves = kept[:, None] if KEYS else kept[None]
+            read = leaves
             if not KEYS and OUT:
                 b = tl.cumsum(_gates(g_base, at, sgn, c, dv, end, DV), 0)
                 read = tl.exp2(-b if REVERSE else b)
-            acc, state = _advance(q, k, v, kept, read, state, c, KEYS, REVERSE, OUT, PRECISION)
+            acc, state = advance(q, k, v, leaves, read, state, c, not KEYS, REVERSE, OUT, PRECISION)
             if OUT:
-                inside = (at + c < end)[:, None] & (dv < DV)[None]
                 there = out_base + at.to(tl.int64) * son + c[:, None] * son + dv[None]
-                tl.store(there, acc.to(Out.dtype.element_ty), mask=inside)
+                tl.store(there, acc.to(Out.dtype.element_ty), mask=(at + c < end)[:, None] & (dv < DV)[None])
         else:
-            steps: tl.constexpr = C // 16
-            for u in range(0, steps):
-                first = at + ((steps - 1 - u) if REVERSE else u) * 16
-                g = _gates(g_base, first, sgn, few, gated, end, width)
+            blocks: tl.constexpr = C // 16
+            for u in range(0, blocks):
+                first = at + ((blocks - 1 - u) if REVERSE else u) * 16
+                stop = tl.minimum(first + 16, end)  # a tile of C rows of which 16 are filled: all tiles have one shape
+                g = _gates(g_base, first, sgn, c, gated, stop, width)
                 if tl.min(tl.sum(g, 0)) >= -LIMIT:
-                    qf, kf = tile(q_base, first, sqn, few, dk, end, DK), tile(k_base, first, skn, few, dk, end, DK)
-                    vf = tile(v_base, first, svn, few, dv, end, DV)
-                    bf = tl.cumsum(g, 0)
+                    qf, kf = tile(q_base, first, sqn, c, dk, stop, DK), tile(k_base, first, skn, c, dk, stop, DK)
+                    vf, bf = tile(v_base, first, svn, c, dv, stop, DV), tl.cumsum(g, 0)
                     up, down = tl.exp2(-bf if REVERSE else bf), tl.exp2(bf if REVERSE else -bf)
                     if KEYS:
                         qf, kf = (qf * up).to(qf.dtype), (kf * down).to(kf.dtype)
                     else:
                         vf = (vf * down).to(vf.dtype)
-                    fade = tl.exp2(tl.sum(g, 0))
-                    accf, state = _advance(qf, kf, vf, fade, up, state, few, KEYS, REVERSE, OUT, PRECISION)
+                    fade = tl.exp2(tl.sum(g, 0))[:, None] if KEYS else tl.exp2(tl.sum(g, 0))[None]
+                    accf, state = advance(qf, kf, vf, fade, up, state, c, not KEYS, REVERSE, OUT, PRECISION)
                     if OUT:
-                        inside = (first + few < end)[:, None] & (dv < DV)[None]
-                        there = out_base + first.to(tl.int64) * son + few[:, None] * son + dv[None]
+                        there = out_base + first.to(tl.int64) * son + c[:, None] * son + dv[None]
+                        inside = (first + c < stop)[:, None] & (dv < DV)[None]
                         tl.store(there, accf.to(Out.dtype.element_ty), mask=inside)
                 else:
-                    for w in range(0, 16):
-                        t = first + ((15 - w) if REVERSE else w)
-                        if t < end:
-                            t64 = t.to(tl.int64)
-                            g1 = tl.load(g_base + t64 * sgn + gated, mask=gated < width, other=0.0).to(tl.float32)
-                            fade1 = tl.exp2(g1 * 1.4426950408889634)
-                            fade1 = fade1[:, None] if KEYS else fade1[None]
-                            q1 = tl.load(q_base + t64 * sqn + dk, mask=dk < DK, other=0.0).to(tl.float32)
-                            k1 = tl.load(k_base + t64 * skn + dk, mask=dk < DK, other=0.0).to(tl.float32)
-                            v1 = tl.load(v_base + t64 * svn + dv, mask=dv < DV, other=0.0).to(tl.float32)
-                            if not REVERSE:
-                                state = state * fade1
-                            state = state + k1[:, None] * v1[None]
-                            if OUT:
-                                o1 = tl.sum(q1[:, None] * state, 0).to(Out.dtype.element_ty)
-                                tl.store(out_base + t64 * son + dv, o1, mask=dv < DV)
-                            if REVERSE:
-                                state = state * fade1
+                    for w in range(0, stop - first):
+                        t = (stop - 1 - w if REVERSE else first + w).to(tl.int64)
+                        g1 = tl.load(g_base + t * sgn + gated, mask=gated < width, other=0.0).to(tl.float32)
+                        g1 = tl.exp2(g1 * 1.4426950408889634)
+                        fade1 = g1[:, None] if KEYS else g1[None]
+                        q1 = tl.load(q_base + t * sqn + dk, mask=dk < DK, other=0.0).to(tl.float32)
+                        k1 = tl.load(k_base + t * skn + dk, mask=dk < DK, other=0.0).to(tl.float32)
+                        v1 = tl.load(v_base + t * svn + dv, mask=dv < DV, other=0.0).to(tl.float32)
+                        if not REVERSE:
+                            state = state * fade1
+                        state = state + k1[:, None] * v1[None]
+                        if OUT:
+                            o1 = tl.sum(q1[:, None] * state, 0).to(Out.dtype.element_ty)
+                            tl.store(out_base + t * son + dv, o1, mask=dv < DV)
+                        if REVERSE:
+                            state = state * fade1
     tl.store(Final + entry, state, mask=held)
 
 

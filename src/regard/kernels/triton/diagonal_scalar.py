@@ -8,9 +8,9 @@ gradients are scans (`diagonal`). One program holds the state of one head and BV
 its piece of the sequence in chunks of C; nothing but inputs, outputs and states touches memory.
 
 The running sums of each chunk (`running_sums`) are taken before, in base 2: a scan inside the loop costs more than the
-matrix products. A log decay under −160 counts as −160: 2^−160 is zero in float32, so −inf forgets
-exactly and no difference of infinities arises. Only loaded tiles are ever transposed: a transposed accumulator gives
-wrong numbers on Hopper with some versions of Triton.
+matrix products. A log decay under −160 counts as −160: 2^−160 is zero in float32, so −inf forgets exactly and no
+difference of infinities arises. Only loaded tiles are ever transposed: a transposed accumulator gives wrong numbers on
+Hopper with some versions of Triton.
 """
 
 from __future__ import annotations
@@ -18,12 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tile(base, at, step, index, dims, count, width):
-    """(index, dims): rows at + index of a matrix, `step` apart; zeros from row `count` and from column `width` on."""
-    inside = ((at + index) < count)[:, None] & (dims < width)[None]
-    return tl.load(base + at.to(tl.int64) * step + index[:, None] * step + dims[None], mask=inside, other=0.0)
+from regard.kernels.triton.diagonal_chunk import tile
 
 
 @triton.jit
@@ -36,6 +31,14 @@ def running_sums(G, Sums, Pieces, sgb, sgh, sgn, heads, length, C: tl.constexpr)
     g = tl.load(G + row * sgb + h.to(tl.int64) * sgh + at.to(tl.int64) * sgn, mask=inside, other=0.0).to(tl.float32)
     b = tl.cumsum(tl.maximum(g * 1.4426950408889634, -160.0), 0)
     tl.store(Sums + (row * heads + h) * length + at, b, mask=inside)
+
+
+@triton.jit
+def _gates(sums, at, index, begin, end, C: tl.constexpr):
+    """Of the chunk at token `at`, or the nearest there is: (running sums, their last), repeated beyond the end."""
+    at = tl.minimum(tl.maximum(at, begin), end - 1)
+    total = tl.load(sums + tl.minimum(at + C, end) - 1)
+    return tl.load(sums + tl.minimum(at + index, end - 1)), total
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def scan_scalar(
     float32 and contiguous; Pieces as `pieces.Pieces` says. OUT: outputs are wanted, not the state alone.
     DOTS: Dots (blocks of BV, B, H, N) gets Σ_d out·Beside, float32, before `out` is rounded.
     """
-    block, h, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, h, piece = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.load(Pieces + piece * 4).to(tl.int64)
     begin, end = tl.load(Pieces + piece * 4 + 1), tl.load(Pieces + piece * 4 + 2)
     c, dk, dv = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
@@ -64,17 +67,18 @@ def scan_scalar(
         state = tl.load(Start + entry, mask=held, other=0.0)
     q_base, k_base, v_base = Q + row * sqb + h * sqh, K + row * skb + h * skh, V + row * svb + h * svh
     sums, out_base = Sums + (row * heads + h) * length, Out + row * sob + h * soh
+    x_base, line = Beside + row * sxb + h * sxh, Dots + block * sdv + row * sdb + h * length
     chunks = tl.cdiv(end - begin, C)
+    step = -C if REVERSE else C
+    first = begin + ((chunks - 1) * C if REVERSE else 0)
+    if DECAY:
+        b, total = _gates(sums, first, c, begin, end, C)
     for n in tl.range(0, chunks, num_stages=STAGES):
-        at = begin + ((chunks - 1 - n) if REVERSE else n) * C
+        at = first + n * step
         k, v = tile(k_base, at, skn, c, dk, end, DK), tile(v_base, at, svn, c, dv, end, DV)
-        if DECAY:
-            b, total = tl.load(sums + at + c, mask=at + c < end, other=0.0), tl.load(sums + tl.minimum(at + C, end) - 1)
-            if REVERSE:
-                read, write = tl.exp2(total - b), tl.exp2(b)
-            else:
-                read, write = tl.exp2(b), tl.exp2(total - b)
-            kept = tl.exp2(total)
+        if DECAY:  # those of the next chunk are on their way while this one is worked on
+            next_b, next_total = _gates(sums, at + step, c, begin, end, C)
+            read, write = tl.exp2(total - b if REVERSE else b), tl.exp2(b if REVERSE else total - b)
         if OUT:
             q = tile(q_base, at, sqn, c, dk, end, DK)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -86,15 +90,14 @@ def scan_scalar(
             else:
                 logits = tl.where(seen, logits, 0.0)
             acc = tl.dot(logits.to(v.dtype), v, acc, input_precision=PRECISION)
-            inside = (at + c < end)[:, None] & (dv < DV)[None]
             there = out_base + at.to(tl.int64) * son + c[:, None] * son + dv[None]
-            tl.store(there, acc.to(Out.dtype.element_ty), mask=inside)
+            tl.store(there, acc.to(Out.dtype.element_ty), mask=(at + c < end)[:, None] & (dv < DV)[None])
             if DOTS:
-                x = tile(Beside + row * sxb + h * sxh, at, sxn, c, dv, end, DV).to(tl.float32)
-                line = Dots + block * sdv + row * sdb + h.to(tl.int64) * length + at
-                tl.store(line + c, tl.sum(acc * x, 1), mask=at + c < end)
+                x = tile(x_base, at, sxn, c, dv, end, DV).to(tl.float32)
+                tl.store(line + at + c, tl.sum(acc * x, 1), mask=at + c < end)
         if DECAY:
-            state = state * kept
+            state = state * tl.exp2(total)
             v = (v * write[:, None]).to(v.dtype)
+            b, total = next_b, next_total
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
     tl.store(Final + entry, state, mask=held)
