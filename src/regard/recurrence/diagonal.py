@@ -69,7 +69,7 @@ def chunked(
     """Linear in N: the parallel form within chunks, the state between them. Same results as `recurrent`.
 
     All chunks are worked on together (on a CPU those that stay in its cache); only the states are chained. Matrix
-    products throughout, for a gate per channel too (`_within_by_halving`); no exponent is ever positive.
+    products throughout, for a gate per channel too (`_within_by_merging`); no exponent is ever positive.
     O(N·(chunk_size·(Dk+Dv) + Dk·Dv)) time, O(N·(Dk+Dv+chunk_size) + N/chunk_size·Dk·Dv) memory. Any N;
     chunk_size ≥ 1."""
     require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
@@ -89,43 +89,62 @@ def _whole_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, siz
     q, k, v = (x.unflatten(2, (n // size, size)) for x in (q, k, v))  # (B, H, chunks, size, ·)
     # A decay that is fixed in time is the same in every chunk: one chunk of it is enough.
     g = g[:, :, None].expand(-1, -1, -1, size, -1) if g.shape[2] == 1 else g.unflatten(2, (n // size, size))
-    within = _within_scalar if g.shape[-1] == 1 else _within_by_halving
-    out = within(q, k, v, g)
-    added = (k * to_end(g).exp()).mT @ v  # (B, H, chunks, Dk, Dv): what each chunk adds to the state
-    kept = g.sum(-2, keepdim=True).exp().mT  # (·, ·, chunks or 1, 1 or Dk, 1): what it leaves of the state before it
+    within = _within_scalar if g.shape[-1] == 1 else _within_by_merging
+    out, reads, keys, kept = within(q, k, v, g)
+    added = keys.mT @ v  # (B, H, chunks, Dk, Dv): what each chunk adds to the state
+    kept = kept.mT  # (·, ·, chunks or 1, 1 or Dk, 1): what it leaves of the state before it
     before = []
     for c in range(n // size):
         before.append(state)
         state = kept[:, :, c if kept.shape[2] > 1 else 0] * state + added[:, :, c]
-    out = out + (q * from_start(g).exp()) @ torch.stack(before, 2)
+    out = out + reads @ torch.stack(before, 2)
     return out.flatten(2, 3), state
 
 
-def _within_scalar(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """One gate for all channels: the masked product of the parallel form in each chunk. Inputs (B, H, chunks, C, ·)."""
-    return ((q @ k.mT) * between(g[..., 0]).exp()) @ v
+def _within_scalar(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One gate for all channels: the masked product of the parallel form in each chunk. Inputs (B, H, chunks, C, ·).
+
+    Returns what a chunk reads from itself, q decayed from its start, k decayed to its end, and its whole decay."""
+    out = ((q @ k.mT) * between(g[..., 0]).exp()) @ v
+    return out, q * from_start(g).exp(), k * to_end(g).exp(), g.sum(-2, keepdim=True).exp()
 
 
-def _within_by_halving(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """A gate per channel, without a (C, C, Dk) tensor and without a positive exponent.
+def _within_by_merging(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A gate per channel, without a (C, C, Dk) tensor and without a positive exponent. Returns as `_within_scalar`.
 
-    Cut a chunk in halves: what the second half reads from the first has the cut as a common reference point,
-    e^{Σ after j, to the cut} · e^{Σ from the cut, to i}, both factors ≤ 1: one matrix product. The halves are cut in
-    turn, down to single tokens: log2(C) products, together as many operations as the triangle."""
+    A block knows its q decayed from its start and its k decayed to its end. Of two neighbours, what the second reads
+    from the first is one product of these, the cut between them as common reference point; then they are one block,
+    and what lies on the far side of a block is decayed by the whole of it. From single tokens up to the chunk: log2(C)
+    products, together as many operations as the triangle. Decays only ever multiply, so 0 (g = −inf) is one of them."""
     size = q.shape[-2]
     full = 1 << (size - 1).bit_length()
     if full != size:  # zeros at the end: no key, no decay; the rows are cut off again
         q, k, v, g = (torch.nn.functional.pad(x, (0, 0, 0, full - size)) for x in (q, k, v, g))
-    out = (q * k).sum(-1, keepdim=True) * v  # each token reads itself
-    half = full // 2
-    while half >= 1:
-        qs, ks, vs, gs, outs = (x.unflatten(-2, (-1, 2, half)) for x in (q, k, v, g, out))
-        reads = qs[..., 1, :, :] * from_start(gs[..., 1, :, :]).exp()
-        keys = ks[..., 0, :, :] * to_end(gs[..., 0, :, :]).exp()
-        later = outs[..., 1, :, :] + (reads @ keys.mT) @ vs[..., 0, :, :]
-        out = torch.stack([outs[..., 0, :, :], later], -3).flatten(-4, -2)
-        half //= 2
-    return out[..., :size, :]
+    kept = g.exp()
+    out, reads, keys = (q * k).sum(-1, keepdim=True) * v, q * kept, k  # each token reads itself
+    half = 1
+    while half < full:
+        first, second = _pairs(reads, half)
+        past, last = _pairs(keys, half)
+        kept_first, kept_second = _pairs(kept, 1)
+        ours, theirs = _pairs(out, half)
+        theirs = theirs + (second @ past.mT) @ _pairs(v, half)[0]
+        out = _joined(ours, theirs)
+        reads, keys = _joined(first, kept_first * second), _joined(past * kept_second, last)
+        kept = (kept_first * kept_second).flatten(-3, -2)
+        half *= 2
+    return out[..., :size, :], reads[..., :size, :], keys[..., :size, :], kept
+
+
+def _pairs(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """(…, C, D) → first and second of every two neighbouring blocks, (…, C / 2 half, half, D) each."""
+    first, second = x.unflatten(-2, (-1, 2, half)).unbind(-3)
+    return first, second
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """The inverse of `_pairs`."""
+    return torch.stack([first, second], -3).flatten(-4, -2)
 
 
 def prepare(
