@@ -10,7 +10,7 @@ from regard.models.stack import Mixer, hybrid
 from regard.tasks.training import parse_training
 from regard.train.settings import TrainSettings
 
-TASK = parse_training("mqar(length=8,pairs=2,vocab=10)")
+TASK = parse_training("mqar(length=8,pairs=2,vocab=10,curriculum=False)")
 
 
 def small(ratio: str = "1:1", mixer: str = "moh") -> CausalLM:

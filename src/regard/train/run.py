@@ -180,21 +180,21 @@ def to_json(outcome: Outcome, machine: Mapping[str, Any]) -> dict[str, Any]:
 def table(outcome: Outcome) -> Table:
     """The models beside one another."""
     bits = outcome.settings.made_task.metric == "bits"
-    shown = Table("model", "layers", box=None, padding=(0, 2, 0, 0))
-    for name in (*(("bits a label",) if bits else ()), "accuracy", "loss", "parameters", "state", "training"):
-        shown.add_column(name, justify="right")
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    shown.add_column("model", no_wrap=True)
+    for name in ("bits a label" if bits else "accuracy", "parameters", "state, B", "steps", "s"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("layers", overflow="fold")
     for model in outcome.models:
         score = model.score
-        cells = ["–"] * (3 if bits else 2)
-        if score is not None:
-            cells = [*([f"{score.bits:.3f}"] if bits else []), f"{score.accuracy:.1%}", f"{score.loss:.3f}"]
         shown.add_row(
             Text(model.name, style="bold"),
-            Text(_layers(model.mixers)),
-            *cells,
+            "–" if score is None else f"{score.bits:.3f}" if bits else f"{score.accuracy:.1%}",
             f"{model.parameters:,}",
-            f"{model.state_bytes:,} B",
-            f"{model.trained.step} steps, {model.trained.seconds:.0f} s",
+            f"{model.state_bytes:,}",
+            str(model.trained.step),
+            f"{model.trained.seconds:.0f}",
+            Text(_layers(model.mixers)),
         )
     return shown
 
