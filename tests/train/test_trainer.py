@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regard.errors import ArgumentError, CheckpointError, NotFiniteError
 from regard.inference.saved import save_state
-from regard.models.causal_lm import CausalLM
+from regard.models import CausalLM, CausalLMConfig, Mixer
 from regard.tasks.training import Batch, TrainingTask, parse_training
 from regard.train.evaluation import Score, evaluate
 from regard.train.settings import TrainSettings
@@ -107,6 +107,17 @@ def test_load_balance_is_added() -> None:
     for model, weight in ((with_loss, 1.0), (without, 0.0)):
         train(model, TASK, quick(steps=3, auxiliary=weight))
     assert not same(with_loss, without)
+
+
+def test_what_layers_call_loss_is_added_as_it_is() -> None:
+    """The gates of selected attention learn from it: another weight of it in the layer, other gates."""
+    models = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(5)
+        mixer = Mixer("selective-attention-hybrid", 2, {"loss_weight": weight, "rows": 1})
+        models.append(CausalLM(CausalLMConfig(10, 8, (mixer,))))
+        train(models[-1], TASK, quick(steps=3, auxiliary=0.0))
+    assert not same(*models)
 
 
 def test_a_seed_gives_the_same_weights() -> None:

@@ -14,9 +14,9 @@ class TrainSettings:
 
     decay: weight decay, of matrices only (norms, biases, gates' offsets and the embedding have none). beta2: of Adam.
     clip: the gradient's norm is at most this. bf16: the forward pass under autocast to bfloat16. auxiliary: weight of
-    the sum of what layers call `load_balance` (MoH's 0.01). evaluate_every: steps between evaluations on `held_out`
-    rows, always the same. save_every: steps between checkpoints. seed: of the batches and of dropout; a model's initial
-    weights are its maker's business.
+    the sum of what layers call `load_balance` (MoH's 0.01); what they call `loss` is weighted already and added as
+    is. evaluate_every: steps between evaluations on `held_out` rows, always the same. save_every: steps between
+    checkpoints. seed: of the batches and of dropout; a model's initial weights are its maker's business.
     """
 
     steps: int = 1000

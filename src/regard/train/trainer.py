@@ -114,7 +114,7 @@ def _step(
     found = float(loss.detach())
     if not math.isfinite(found):
         raise NotFiniteError(f"the loss of step {step + 1} is {found}: a lower --lr, or a longer --warmup, may help")
-    (loss + settings.auxiliary * _load_balance(aux, loss)).backward()
+    (loss + _added("loss", aux, loss) + settings.auxiliary * _added("load_balance", aux, loss)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     for group in optimizer.param_groups:
         group["lr"] = settings.rate(step)
@@ -138,9 +138,9 @@ def _optimizer(model: CausalLM, settings: TrainSettings) -> AdamW:
     return AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=(0.9, settings.beta2))
 
 
-def _load_balance(aux: tuple[object, ...], like: Tensor) -> Tensor:
-    """The sum of what layers want to have added to the loss."""
-    found = [loss for each in aux if isinstance(loss := getattr(each, "load_balance", None), Tensor)]
+def _added(name: str, aux: tuple[object, ...], like: Tensor) -> Tensor:
+    """The sum of what layers call `name` and want to have added to the task's loss."""
+    found = [loss for each in aux if isinstance(loss := getattr(each, name, None), Tensor)]
     return sum(found, torch.zeros_like(like))
 
 
