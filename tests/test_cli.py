@@ -41,7 +41,10 @@ def test_list_as_table_and_as_json(run: Any) -> None:
     code, out, _ = run("list", "--json")
     entries = json.loads(out)
     assert {"snapkv", "streaming", "needle"} <= {e["key"] for e in entries}
-    assert all(set(e) == {"key", "kind", "families", "summary", "settings", "cost", "paper"} for e in entries)
+    about = {"key", "kind", "families", "summary", "settings", "arguments", "cost", "paper"}
+    assert all(set(e) == about for e in entries)
+    (snapkv,) = (e for e in entries if e["key"] == "snapkv")
+    assert "window=16" in snapkv["arguments"]
     code, out, _ = run("list", "--family", "kv-cache", "--json")
     assert code == 0 and all("kv-cache" in e["families"] for e in json.loads(out))
 

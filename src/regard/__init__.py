@@ -2,6 +2,7 @@
 
     regard.create(key, dim=..., heads=...)      a layer by name
     regard.attend(q, k, v, pattern=...)         exact attention under a pattern
+    regard.attend_tiled(q, k, v, pattern=...)   the same on a grid, with its boxes of tokens made contiguous
     regard.merge(...)                           join partial results by their log-sum-exp
     regard.attach(model, plan)                  a pretrained model under a plan
     regard.Plan                                 prefill, cache and decode, composed
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from regard import patterns
     from regard.attend import attend, merge
+    from regard.attend_tiled import attend_tiled
     from regard.catalogue import list_entries as list
     from regard.catalogue import show_entry as show
     from regard.errors import RegardError
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "attach",
     "attend",
+    "attend_tiled",
     "create",
     "list",
     "merge",
@@ -53,6 +56,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "RegardError": ("regard.errors", "RegardError"),
     "attach": ("regard.inference.seam", "attach"),
     "attend": ("regard.attend", "attend"),
+    "attend_tiled": ("regard.attend_tiled", "attend_tiled"),
     "create": ("regard.layers", "create"),
     "list": ("regard.catalogue", "list_entries"),
     "merge": ("regard.attend", "merge"),
@@ -61,7 +65,8 @@ _HOME: dict[str, tuple[str, str]] = {
 
 
 class _Package(ModuleType):
-    """This package. `attend` is a function here and a module of the same name below: the function stays in view.
+    """This package. `attend` is a function here and a module of the same name below, and so is `attend_tiled`: the
+    functions stay in view.
 
     Importing the submodule makes Python set the attribute to the module; this class keeps that from happening.
     """

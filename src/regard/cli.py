@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -308,6 +309,10 @@ def _entry(entry: Any) -> dict[str, Any]:
         "families": list(entry.families),
         "summary": entry.summary,
         "settings": {name: value for name, value in entry.settings.items() if _plain(value)},
+        "arguments": [
+            x.name if x.default is x.empty else f"{x.name}={x.default!r}"
+            for x in inspect.signature(entry.factory).parameters.values()
+        ],
         "cost": entry.cost,
         "paper": None if entry.paper is None else entry.paper.__dict__,
     }
