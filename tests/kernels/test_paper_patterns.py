@@ -4,42 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.kernels.paper_patterns import SMALL, paper_patterns
 from torch import Tensor
 
 from regard.attend import attend
-from regard.patterns import (
-    Pattern,
-    aki_modality_mutual_attention,
-    bamm,
-    causal,
-    ee_mllm,
-    flashattention,
-    longlora,
-    moa_mixture_of_sparse_attention,
-    next_block_prediction,
-    power_attention,
-    s2_attention,
-    sinklora,
-    sliding_window,
-    tokens,
-)
 
-N = 24
-FLAGS = torch.arange(2 * N).view(2, N) % 7 % 3 == 0
-RANKS = torch.tensor([[-1] + [0] * 9 + [1] * 8 + [-1] * 6, [0] * 5 + [1] * 5 + [-1] * 4 + [0] * 3 + [1] * 5 + [-1] * 2])
-PATTERNS: dict[str, Pattern] = {
-    "tokens": sliding_window(3, right=2) | tokens(FLAGS) | tokens(FLAGS, of="queries"),
-    "bamm": bamm(FLAGS),
-    "ee-mllm": ee_mllm(FLAGS),
-    "aki": aki_modality_mutual_attention(RANKS),
-    "power": power_attention(1, 1, 2),
-    "s2": s2_attention(4, kv_heads=2, local=1, stride=3, block=2),
-    "moa": moa_mixture_of_sparse_attention([(2, 0.25), (4, 0)], group=2, block=2).bind(N),
-    "longlora": longlora(4, 8, border="wrapped", length=N),
-    "sinklora": sinklora(4, 6, sinks=2),
-    "next-block": next_block_prediction(5, 4),
-    "flashattention": causal() & flashattention(torch.arange(36).view(6, 6) % 5 < 3, 4),
-}
+N = SMALL
+PATTERNS = paper_patterns(N)
 FLEX = {"aki", "s2", "flashattention"}  # each costs the tracing of an uncompiled kernel
 RUNS = [
     (name, backend)

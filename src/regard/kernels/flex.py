@@ -66,9 +66,9 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    # Shapes and a pattern's numbers are fixed in the first kernel; the second that differs in them makes them free in
-    # all later ones (about a tenth slower, and no further wait). fullgraph: where compilation is given up, torch would
-    # else fall back to the unfused form without a word, which holds the whole map.
+    # A kernel for each length and each pattern, its numbers fixed: with free shapes torch's compiler fails on grids.
+    # fullgraph: where compilation is given up, torch would else fall back to the unfused form without a word, which
+    # holds the whole map.
     return torch.compile(_ATTENTION, fullgraph=True, dynamic=False)
 
 
