@@ -1,7 +1,11 @@
-"""DSF: a learned normaliser closes most of the gap between linear and softmax attention."""
+"""DSF: one linear system for all mixers, and a learned normaliser between linear and softmax attention."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from regard.evidence.claim import Measured, Settings, claim, verdict
@@ -10,10 +14,12 @@ from regard.layers.normalised_attention import NormalisedAttention
 from regard.layers.recurrent import Read, RecurrentState, at_real_tokens, split_heads
 from regard.models.causal_lm import Block, CausalLM, CausalLMConfig
 from regard.models.stack import FULL, Mixer
-from regard.recurrence import DiagonalInputs
-from regard.recurrence.dsf import PAPER
-from regard.recurrence.feature_maps import elu_plus_one
+from regard.recurrence import DiagonalDecay, DiagonalInputs
+from regard.recurrence.delta_rule import DeltaInputs, DeltaRule
+from regard.recurrence.dsf import PAPER, linear_system
+from regard.recurrence.feature_maps import elu_plus_one, taylor
 from regard.recurrence.normalized import NormalisedLinearAttention
+from regard.recurrence.prefix_softmax import PrefixInputs, PrefixSoftmax
 from regard.tasks.training.mqar import MQAR
 
 DIM = 64
@@ -89,3 +95,74 @@ def normalised(settings: Settings) -> Measured:
     share = sum(closed) / len(closed) if closed else 0.0
     why = f"{', '.join(KINDS)} — {shown}; gap closed {share:.0%} in {len(closed)} settings{caveat(outcomes)}"
     return Measured(share, word, why, {"accuracy": accuracy, "order": KINDS, "found": found, "runs": told(outcomes)})
+
+
+@claim(
+    "dynamical-systems-framework/equality",
+    paper=PAPER,
+    statement="attention, linear attention, state-space models and gated RNNs are one linear time-varying system; the "
+    "normaliser may sit in the state or in the readout, and Mamba's transition is a reversed sigmoid gate",
+    figure="equalities, proved in the paper",
+    measurement="float64, 24 tokens: the exported (Λ, B, C, D) as one matrix and step by step against each "
+    "recurrence's own scan; the normaliser moved into the state (Λ = η_{i−1}/η_i); exp(−softplus(x)) against 1 − σ(x); the error of "
+    "Taylor feature maps of order 1 … 5 to softmax attention, logits bounded by √3",
+    unit="largest error of an equality",
+    tolerance="every equality to 1e-10, and the Taylor error falls with every order; partly: the equalities hold",
+    needs="cpu",
+    minutes=0.1,
+)
+@torch.no_grad()
+def equality(settings: Settings) -> Measured:
+    torch.manual_seed(settings.seed)
+    errors = {}
+    for name, (recurrence, inputs) in _recurrences().items():
+        system, want = linear_system(recurrence, inputs), recurrence.scan(inputs)[0]
+        errors[f"{name}, as a matrix"] = _apart(system.matrix() @ inputs.v, want)
+        errors[f"{name}, step by step"] = _apart(system.run(inputs.v), want)
+    q, k, v = elu_plus_one(_draw(4)), elu_plus_one(_draw(4)), _draw(5)
+    plain = linear_system(DiagonalDecay(), DiagonalInputs(q, k, v))
+    for name, eta in (("Σ of the weights", (q @ k.mT).tril().sum(-1)), ("learned", _draw().exp())):
+        readout = plain._replace(c=plain.c / eta[..., None])
+        errors[f"normaliser in the state, {name}"] = _apart(
+            readout.with_normaliser_in_state(eta).run(v), (q @ k.mT).tril() / eta[..., None] @ v
+        )
+    x = torch.linspace(-30, 30, 601, dtype=torch.float64)
+    errors["exp(−softplus(x)) = 1 − σ(x)"] = _apart((-torch.nn.functional.softplus(x)).exp(), 1 - x.sigmoid())
+    q, k = _draw(3).clamp(-1, 1), _draw(3).clamp(-1, 1)
+    softmax = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mixer = NormalisedLinearAttention(eps=0.0)
+    series = [_apart(mixer.scan(DiagonalInputs(taylor(q, p), taylor(k, p), v))[0], softmax) for p in range(1, 6)]
+    worst = max(errors.values())
+    falls = all(after < before for before, after in itertools.pairwise(series))
+    word = verdict(reproduced=worst <= 1e-10 and falls, partly=worst <= 1e-10)
+    why = (
+        f"{len(errors)} equalities, the largest error {worst:.0e}; Taylor maps of order 1 to 5 differ from softmax by "
+        + ", ".join(f"{error:.1e}" for error in series)
+    )
+    return Measured(worst, word, why, {"errors": errors, "Taylor": series})
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(2, 3, 24, *shape, dtype=torch.float64)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _recurrences() -> dict[str, tuple[Any, Any]]:
+    """Every executor with what its layers give it."""
+    q, k, v, gate = _draw(4), _draw(4), _draw(5), -_draw(4).abs()
+    beta = torch.rand(2, 3, 24, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    fixed = torch.tensor([0.9, 0.5, 1.0], dtype=torch.float64).log()
+    return {
+        "linear attention, unnormalised": (DiagonalDecay(8), DiagonalInputs(q, k, v)),
+        "linear attention": (NormalisedLinearAttention(chunk_size=8), DiagonalInputs(q.exp(), k.exp(), v)),
+        "RetNet, Lightning Attention": (DiagonalDecay(8), DiagonalInputs(q, k, v, fixed)),
+        "Mamba-2": (DiagonalDecay(8), DiagonalInputs(q, k, v, gate[..., :1])),
+        "GLA, HGRN-2": (DiagonalDecay(8), DiagonalInputs(q, k, v, gate)),
+        "DeltaNet": (DeltaRule(8), DeltaInputs(q, unit, v, beta)),
+        "Gated DeltaNet": (DeltaRule(8), DeltaInputs(q, unit, v, 2 * beta, gate[..., 0])),
+        "Aaren": (PrefixSoftmax(8), PrefixInputs(3 * _draw(), v)),
+    }
