@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regard.errors import UnsupportedError, require
+from regard.kernels.triton.aligned import aligned, missing, widened
 from regard.kernels.triton.delta_rule_backward import gradients_of
 from regard.kernels.triton.delta_rule_layout import (
     Chunks,
@@ -181,7 +182,7 @@ class _DeltaRule(torch.autograd.Function):
         written = torch.empty(count, heads, chunk, v.shape[3], dtype=q.dtype, device=q.device)
         _scan(q, k, v, t, p, gates, state, chunks, how, kept=(states, written))
         dout = torch.zeros_like(v) if dout is None else dout.to(v.dtype)
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dout = aligned(dout)
         found = gradients_of(q, k, v, beta, g, t, p, gates, states, written, dout, dfinal, chunks, how)
         return *found[:5], found[5] if ctx.needs_input_grad[5] else None, None, None, None
 
@@ -259,5 +260,8 @@ def delta_rule(
     how = launches(rows, v.shape[3], q.dtype) if how is None else how
     chunk = min(chunk_size, how.chunk)
     chunks = even(batch, n, chunk, q.device) if ends is None else documents(tuple(ends), chunk, q.device)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _DeltaRule.apply(q, k, v, beta, log_decay, state, chunks, chunk, how)
+    columns, more = v.shape[3], (missing(rows), missing(v.shape[3]))
+    q, k, v = (aligned(x) for x in (q, k, v))
+    state = None if state is None else widened(state, *more)
+    out, final = _DeltaRule.apply(q, k, v, beta, log_decay, state, chunks, chunk, how)
+    return (out[..., :columns], final[:, :, :rows, :columns]) if any(more) else (out, final)

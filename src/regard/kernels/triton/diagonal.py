@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from regard.kernels.triton.aligned import aligned, missing, widened
 from regard.kernels.triton.diagonal_channel import gate_gradients, scale, scan_channel
 from regard.kernels.triton.diagonal_scalar import running_sums, scan_scalar
 from regard.kernels.triton.pieces import Pieces, documents, even
@@ -44,7 +45,7 @@ class Launch:
 
 def launch(kind: Kind, columns: int, programs: int, dtype: torch.dtype) -> Launch:
     """Measured on an H100 at head dims of 128 in bfloat16. programs: heads × pieces, each of which walks its tokens."""
-    fits = max(16, triton.next_power_of_2(columns))
+    fits = max(32, triton.next_power_of_2(columns))
     if dtype == torch.float32:
         return Launch(min(32, fits), 4, 2)
     if kind == "channel" or programs * -(-columns // 64) < PROCESSORS // 2:
@@ -153,8 +154,10 @@ def _run(
     blocks = triton.cdiv(columns, how.columns)
     grid = (blocks, heads, count)
     start = final if state is None else state.float().contiguous()
+    # Products of fewer than 64 rows go another way through the compiler, one that does not mix with wide ones.
+    least = 64 if q.dtype.itemsize == 2 else 16
     shared: dict[str, Any] = {
-        "C": work.chunk, "BK": max(16, triton.next_power_of_2(rows)), "BV": how.columns, "REVERSE": reverse,
+        "C": work.chunk, "BK": max(least, triton.next_power_of_2(rows)), "BV": how.columns, "REVERSE": reverse,
         "OUT": wanted, "START": state is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "STAGES": how.stages, "num_warps": how.warps, "num_stages": how.stages,
     }  # fmt: skip
@@ -197,7 +200,7 @@ class _Diagonal(torch.autograd.Function):
         q, k, v, g, state, final, sums = ctx.saved_tensors
         pieces, chunk = ctx.pieces, ctx.chunk
         work = prepare(q, k, g, pieces, chunk) if sums is None else Work("scalar", pieces, chunk, g, sums)
-        dout = torch.zeros_like(v) if dout is None else _rows(dout.to(v.dtype))
+        dout = torch.zeros_like(v) if dout is None else aligned(dout.to(v.dtype))
         gated = ctx.needs_input_grad[3]
         beside = (q, k) if gated and work.kind == "scalar" else (None, None)
         turned = [None if s is None else s.mT for s in (state, dfinal)]
@@ -236,11 +239,6 @@ def _channel_gates(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, ends: Tensor, w
     return dg
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With channels side by side in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def diagonal(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None,
     *, ends: tuple[int, ...] | None = None,
@@ -251,17 +249,22 @@ def diagonal(
     Dv), checked by the caller. ends (0, …, N): documents packed into one row (B = 1); states are then one per document.
     """
     batch, heads, n, dim = q.shape
-    q, k, v = (_rows(x) for x in (q, k, v))
+    columns = v.shape[3]
+    more = missing(dim), missing(columns)  # channels of zeros: they neither read nor write anything
+    q, k, v = (aligned(x) for x in (q, k, v))
     g = log_decay
-    if g is not None:
-        per_channel = g.shape[3] > 1
-        g = g.expand(batch, heads, n, dim) if per_channel else g.expand(batch, heads, n, 1)[..., 0]
-        g = _rows(g) if per_channel else g
+    if g is not None and g.shape[3] > 1:
+        g = aligned(g.expand(batch, heads, n, dim))
+    elif g is not None:
+        g = g.expand(batch, heads, n, 1)[..., 0]
+    if state is not None:
+        state = widened(state, *more)
     chunk = chunk_size(q.dtype)
     if ends is not None:
         pieces = documents(ends, chunk, q.device)
     else:
-        programs = batch * heads * -(-v.shape[3] // 32)
+        programs = batch * heads * -(-columns // 32)
         split = 1 if n < WHOLE or programs * 2 > PROCESSORS else min(2 * PROCESSORS // programs, n // (WHOLE // 2))
         pieces = even(batch, n, split, chunk, q.device)
-    return _Diagonal.apply(q, k, v, g, state, pieces, chunk)
+    out, final = _Diagonal.apply(q, k, v, g, state, pieces, chunk)
+    return (out[..., :columns], final[:, :, :dim, :columns]) if any(more) else (out, final)
