@@ -9,6 +9,7 @@ the same length, stands beside it. Floor: 0. Allowed: 50 µs.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -123,6 +124,7 @@ def main() -> None:
     result = {
         "unit": "µs of processor time per attention call, no kernel",
         "figures": figures,
+        "load": os.getloadavg()[0],
         "machine": machine(),
         "versions": versions(),
     }

@@ -89,7 +89,14 @@ def main() -> None:
         print(name, {key: round(value, 3) for key, value in found.items()})
     memory = {length: round(peak_mib(length), 1) for length in (16384, 32768, 65536)}
     print("peak MiB forward+backward", memory)
-    result = {"n": n, "figures": figures, "peak_mib": memory, "machine": machine(), "versions": versions()}
+    result = {
+        "n": n,
+        "figures": figures,
+        "peak_mib": memory,
+        "load": os.getloadavg()[0],
+        "machine": machine(),
+        "versions": versions(),
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
