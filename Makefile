@@ -74,6 +74,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/conformance --write-capabilities -n 0
 	$(BIN)/python -m tests.patterns.write_gallery
 	$(BIN)/python -c 'import regard.evidence as e; print(e.table(), end="")' > docs/evidence.md
+	$(BIN)/python benchmarks/tables.py > docs/benchmarks.md
 
 build: $(VENV)/.installed-dev
 	$(PIP) build
