@@ -25,13 +25,13 @@ DIM, HEADS = 256, 4
 @claim(
     "aaren/constant-memory-streaming",
     paper=PAPER,
-    statement="Aaren is updated with new tokens in constant memory and constant time, while a Transformer's cache and "
-    "time per token grow with the stream; its output is that of softmax attention with a constant query",
+    statement="Aaren is updated with new tokens in constant memory and constant time, while a Transformer's cache "
+    "and time per token grow with the stream; its output is that of softmax attention with a constant query",
     figure="memory flat and cumulative time linear in the number of tokens, against linear and quadratic",
     measurement="one layer of width 256, 4 heads, float32, one CPU thread: bytes of the state and median time of one "
-    "more token after 256 … 65536 tokens, beside multi-head attention with its cache; in float64 the layer's scan and "
-    "its token-by-token outputs against torch's causal softmax attention with the same query at 2000 tokens, scores up "
-    "to about ±300",
+    "more token after 256 … 65536 tokens, beside multi-head attention with its cache, which it copies to append; in "
+    "float64 the layer's scan and its token-by-token outputs against torch's causal softmax attention with the same "
+    "query at 2000 tokens, scores up to about ±300",
     unit="× the time per token at the longest stream over the shortest",
     tolerance="the same bytes at every length, time per token within 1.5 ×, the largest error ≤ 1e-12; partly: "
     "equality and the bytes hold",

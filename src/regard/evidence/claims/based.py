@@ -45,7 +45,7 @@ def state_bytes(window: int | None, feature_dim: int | None) -> int:
     "both of them alone",
     figure="MQAR and 360M to 1.3B models: the frontier of the recall–memory curve; +6.22 points over Mamba on recall",
     measurement="MQAR of 128 tokens, 16 pairs, V = 256; two mixers of width 64 (2 heads) after one BaseConv, no "
-    "MLPs: two windows (w = 4 … 32), two linear (D' = 2 … 12), or one of each; up to 1000 steps of 64 rows, left at "
+    "MLPs: two windows (w = 4 … 32), two linear (D' = 2 … 12), or one of each; up to 1000 steps of 128 rows, left at "
     "99 %, best of two learning rates (1e-2, 3e-3); one seed. State: bytes in float32, the convolution apart",
     unit="points of accuracy, both minus the better of the two alone, mean over the sizes both has",
     tolerance="accuracy never falls by more than 3 points as the state of one kind grows, and both is nowhere more "
@@ -55,7 +55,7 @@ def state_bytes(window: int | None, feature_dim: int | None) -> int:
 )
 def recall_state(settings: Settings) -> Measured:
     task = settings.pick(MQAR(128, 16, 256), MQAR(16, 2, 32))
-    steps, batch = settings.pick((1000, 64), (3, 4))
+    steps, batch = settings.pick((1000, 128), (3, 4))
     rates = settings.pick(RATES, RATES[:1])
     kinds: dict[str, list[tuple[tuple[int | None, int | None], ...]]] = {
         "both": [((None, d), (w, None)) for w, d in BOTH],

@@ -42,8 +42,8 @@ VARIANTS: dict[str, Callable[[CausalLM], None] | None] = {"TNL": None, "λ = 1":
     statement="the decay and the norm on the output of linear attention both lower the language-model loss",
     figure="ablations at 385M parameters; no single number kept here",
     measurement="2 layers of width 128, 4 heads, SwiGLU; bytes of the standard library, 256 a row, 300 steps of 8 "
-    "rows, learning rate 3e-3; held-out loss as it is (tnl-code, LRPE in the first layer), with λ = 1, and without the norm; "
-    "one seed",
+    "rows, learning rate 3e-3; held-out loss as it is (tnl-code, LRPE in the first layer), with λ = 1, and without "
+    "the norm; one seed",
     unit="bits per byte, λ = 1 minus TNL",
     tolerance="loss lower by at least 0.02 bits than with λ = 1 and than without the norm; partly: than one of them",
     needs="cpu",

@@ -19,11 +19,11 @@ RATES = (0.5, 0.9, 0.99, 0.999)
     "that accumulates λ^{−s} k vᵀ is not",
     figure="no number; the error is attributed to λ^{−s} at long sequences",
     measurement="float32, 16384 tokens, Dk = Dv = 16, one head for each λ in 0.5, 0.9, 0.99, 0.999: the recurrence "
-    "token by token, and the library's chunked form, against the masked product in float64, relative to its largest entry; "
-    "the first token at which the form with λ^{−s} is no number",
+    "token by token, and the library's chunked form, against the masked product in float64, relative to its largest "
+    "entry; the first token at which the form with λ^{−s} is no number",
     unit="largest relative error of the robust recurrence",
-    tolerance="robust and chunked errors ≤ 1e-5 at every λ, and the form with λ^{−s} not finite by the end for "
-    "λ ≤ 0.99; partly: the robust half holds",
+    tolerance="robust and chunked errors ≤ 1e-5 at every λ, and the form with λ^{−s} not finite by the end for λ ≤ "
+    "0.99; partly: the robust half holds",
     needs="cpu",
     minutes=0.5,
 )
