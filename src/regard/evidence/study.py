@@ -67,12 +67,13 @@ def cells_for(
     steps: int,
     batch: int,
     seed: int,
+    held_out: int = 256,
     change: Mapping[str, Callable[[CausalLM], None]] | None = None,
 ) -> list[Cell]:
     """Every name at the first learning rate, then every name at the next: that is what lacks when time is short."""
     altered = change or {}
     return [
-        Cell(name, task, config, rate, steps, batch, seed, altered.get(name))
+        Cell(name, task, config, rate, steps, batch, seed, held_out, altered.get(name))
         for rate in rates
         for name, (task, config) in names.items()
     ]

@@ -31,8 +31,8 @@ SOLVED = 0.99
 class Cell:
     """One training run. name: what it measures; cells of one name differ in their learning rate, the best one counts.
 
-    change: a function of a module (workers find it by name) that alters the fresh model where the configuration cannot
-    say it. A recall task is solved, and left, at 99 % held-out accuracy (as in Zoology); of a solved name no further
+    held_out: how many rows it is scored on. change: a function of a module (workers find it by name) that alters the
+    fresh model where the configuration cannot say it. A recall task is solved, and left, at 99 % held-out accuracy (as in Zoology); of a solved name no further
     learning rate is tried.
     """
 
@@ -43,6 +43,7 @@ class Cell:
     steps: int
     batch: int
     seed: int
+    held_out: int = 256
     change: Callable[[CausalLM], None] | None = None
 
 
@@ -118,7 +119,7 @@ class _Run:
     def go(self, graph: bool) -> Outcome:
         """Train; raises only what a graph's capture raises."""
         cell, curve, captured, state, done = self.cell, [], None, "done", 0
-        every = max(1, min(100, cell.steps // 8))
+        every = min(100, cell.steps // 8) or cell.steps
         while done < cell.steps:
             if time.time() > self.deadline:
                 state = "cut"
@@ -199,5 +200,5 @@ class _Run:
         return graph
 
     def _score(self, done: int) -> tuple[int, float, float]:
-        score: Score = evaluate(self.model, self.cell.task, rows=256, seed=self.cell.seed)
+        score: Score = evaluate(self.model, self.cell.task, rows=self.cell.held_out, seed=self.cell.seed)
         return done, round(score.accuracy, 4), round(score.loss, 4)

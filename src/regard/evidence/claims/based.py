@@ -73,7 +73,9 @@ def recall_state(settings: Settings) -> Measured:
             names[name] = (task, CausalLMConfig(task.vocabulary, DIM, mixers, mlp_width=0))
             change[name] = partial(windowed, windows=(None, *(w for w, _ in pair)))
             size[name] = sum(state_bytes(w, d) for w, d in pair)
-    cells = cells_for(names, rates=rates, steps=steps, batch=batch, seed=settings.seed, change=change)
+    cells = cells_for(
+        names, rates=rates, steps=steps, batch=batch, seed=settings.seed, held_out=settings.pick(256, 4), change=change
+    )
     outcomes = run_cells(cells, settings.pick(SECONDS, 60.0))
     accuracy = percent(outcomes, names)
     curves = {kind: sorted((size[n], accuracy[n]) for n in names if n.startswith(kind)) for kind in kinds}

@@ -84,7 +84,9 @@ def normalised(settings: Settings) -> Measured:
                 names[name] = (task, CausalLMConfig(vocabulary, DIM, stack, mlp_width=0))
                 if kind == "linear":
                     change[name] = linear
-    cells = cells_for(names, rates=rates, steps=steps, batch=batch, seed=settings.seed, change=change)
+    cells = cells_for(
+        names, rates=rates, steps=steps, batch=batch, seed=settings.seed, held_out=settings.pick(256, 4), change=change
+    )
     outcomes = run_cells(cells, settings.pick(SECONDS, 60.0))
     accuracy = percent(outcomes, names)
     found = {place: [accuracy[of[kind]] for kind in KINDS] for place, of in places.items()}

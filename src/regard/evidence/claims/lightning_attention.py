@@ -53,7 +53,10 @@ def decay_and_norm(settings: Settings) -> Measured:
     task = Bytes(settings.pick(256, 16))
     steps, batch = settings.pick((300, 8), (3, 2))
     config = CausalLMConfig(task.vocabulary, 128, (Mixer("lightning-attention", 4),) * 2)
-    cells = [Cell(name, task, config, 3e-3, steps, batch, settings.seed, change) for name, change in VARIANTS.items()]
+    cells = [
+        Cell(name, task, config, 3e-3, steps, batch, settings.seed, settings.pick(256, 4), change)
+        for name, change in VARIANTS.items()
+    ]
     outcomes = run_cells(cells, 1200.0, workers=0)
     bits = {o.name: math.inf if o.state == "failed" or o.loss is None else o.loss / math.log(2) for o in outcomes}
     tnl, still, raw = bits.values()
