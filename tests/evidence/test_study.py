@@ -19,6 +19,7 @@ from regard.evidence.study import Cell, Outcome, best, caveat, percent, run_cell
 from regard.evidence.study_picture import PICTURES, draw, write
 from regard.evidence.study_training import train_cell
 from regard.models import CausalLM, CausalLMConfig, Mixer, full_attention, held_bytes
+from regard.tasks.training import python_bytes
 from regard.tasks.training.mqar import MQAR
 
 TASK = MQAR(8, 1, 16, curriculum=False)
@@ -101,7 +102,9 @@ def test_linear_attention_takes_the_place_of_normalised() -> None:
 
 
 @pytest.mark.parametrize("id", PICTURES)
-def test_a_study_measures_and_is_drawn(id: str, tmp_path: Path) -> None:
+def test_a_study_measures_and_is_drawn(id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (torch.arange(2000) % 7).to(torch.uint8)  # the standard library takes seconds to read
+    monkeypatch.setattr(python_bytes, "standard_library", lambda: python_bytes.Corpus(text, text, "0"))
     record = measure(find(id), Settings(quick=True))
     record.write(tmp_path)
     (path,) = write(tmp_path / "images", tmp_path)

@@ -32,8 +32,8 @@ class Cell:
     """One training run. name: what it measures; cells of one name differ in their learning rate, the best one counts.
 
     held_out: how many rows it is scored on. change: a function of a module (workers find it by name) that alters the
-    fresh model where the configuration cannot say it. A recall task is solved, and left, at 99 % held-out accuracy (as in Zoology); of a solved name no further
-    learning rate is tried.
+    fresh model where the configuration cannot say it. A recall task is solved, and left, at 99 % held-out accuracy (as
+    in Zoology); of a solved name no further learning rate is tried.
     """
 
     name: str
