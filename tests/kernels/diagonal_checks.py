@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regard.kernels.triton import diagonal as kernels
 from regard.recurrence import DiagonalDecay, DiagonalInputs, DiagonalState
+from regard.recurrence import diagonal_decay as mixer
 from regard.recurrence.delta_rule import DeltaInputs, DeltaRule, DeltaState
 from regard.recurrence.documents import scan_documents
 
@@ -110,6 +111,14 @@ def steps() -> None:
         torch.testing.assert_close(out, want[:, :, t : t + 1], rtol=1e-4, atol=1e-4)
 
 
+def parts() -> None:
+    """More columns of values than the kernels take go in parts."""
+    held, mixer.MAX_DIM = mixer.MAX_DIM, 16
+    for kind in ("scalar", "channel"):
+        expect(2e-5, errors(kind, 20, (16, 40), torch.float32), kind, "parts")
+    mixer.MAX_DIM = held
+
+
 def small() -> None:
     """What the interpreter can do in seconds."""
     exact = 2e-5
@@ -148,5 +157,6 @@ def large(kind: str, name: str) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     steps()
+    parts()
     large(*sys.argv[1:]) if sys.argv[1:] else small()
     print("agree")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard.recurrence.diagonal import accumulation_dtype, check, chunked, recurrent
 from regard.recurrence.documents import one_by_one
-from regard.recurrence.executor import Executor, fused, needs_gradient, refuses, without_triton
+from regard.recurrence.executor import MAX_DIM, Executor, fused, needs_gradient, refuses, without_triton
 from regard.registry import register
 
 
@@ -96,10 +96,17 @@ class DiagonalDecay:
 
 
 def _kernels(inputs: DiagonalInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """The values' columns do not see one another: more than the kernels take go in parts."""
     from regard.kernels.triton.diagonal import diagonal
 
+    q, k, v, _ = inputs
     g = check(*inputs, s if ends is None else None)
-    return diagonal(inputs.q, inputs.k, inputs.v, g, s, ends=ends)
+    parts = v.split(MAX_DIM, -1)
+    states = [None] * len(parts) if s is None else s.split(MAX_DIM, -1)
+    done = [diagonal(q, k, part, g, state, ends=ends) for part, state in zip(parts, states, strict=True)]
+    if len(done) == 1:
+        return done[0]
+    return torch.cat([out for out, _ in done], -1), torch.cat([state for _, state in done], -1)
 
 
 def _example() -> tuple[DiagonalDecay, DiagonalInputs]:

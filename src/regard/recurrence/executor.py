@@ -13,7 +13,7 @@ from torch import Tensor
 from regard.errors import UnknownNameError, UnsupportedError
 
 Executor = Literal["auto", "torch", "triton"]
-MAX_DIM = 256  # channels of a key or a value that the kernels take
+MAX_DIM = 256  # channels of a key that the kernels take
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _announced: set[str] = set()
 
@@ -29,9 +29,8 @@ def without_triton(q: Tensor) -> str | None:
 
 def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels of matrix states cannot serve these shapes and dtypes; None when they can."""
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] > MAX_DIM:
-            return f"{name}'s head dim is {x.shape[-1]}; they take at most {MAX_DIM}"
+    if q.shape[-1] > MAX_DIM:
+        return f"q's head dim is {q.shape[-1]}; they take at most {MAX_DIM}"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return f"they take q, k and v in one of float16, bfloat16, float32, not {q.dtype}, {k.dtype}, {v.dtype}"
     return None
@@ -50,9 +49,8 @@ def fused(executor: Executor, q: Tensor, refusal: str | None) -> bool:
         return True
     if executor == "torch" or not q.is_cuda:
         return False
-    if (
-        refusal is not None and q.dtype != torch.float64 and refusal not in _announced
-    ):  # float64 is asked for on purpose
+    # float64 is asked for on purpose
+    if refusal is not None and q.dtype != torch.float64 and refusal not in _announced:
         _announced.add(refusal)
         warnings.warn(
             f"this recurrence runs in plain torch on a GPU because its kernels refuse: {refusal}", stacklevel=4
