@@ -1,4 +1,4 @@
-"""The diagonal-decay recurrence on a GPU, forward and backward, from two kernels: `scan_scalar` and `scan_channel`.
+"""The diagonal-decay recurrence on a GPU, forward and backward, with the same gate for all channels from `scan_scalar`.
 
     S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ ,   o_t = S_tᵀ q_t
 
@@ -7,9 +7,9 @@ gradient of the output and dS that of the final state, "reverse" meaning pairs i
 
     dq = scan(dO, v, k; Sᵀ)     dk = reverse scan(v, dO, q; dSᵀ)     dv = reverse scan(k, q, dO; dS)
 
-and the state that the last one ends with is the gradient of the initial state. With a gate per channel, dq and dk are
-scans whose decay is of the values' channels. The gradient of the gates needs no further scan: a decay e^{g_s} is met by
-the pairs i ≥ s > j, so dg_s = Σ_{i ≥ s} q_i·dq_i − Σ_{j ≥ s} k_j·dk_j + ⟨S_N, dS_N⟩.
+and the state that the last one ends with is the gradient of the initial state. The gradient of
+the gates needs no further scan: a decay e^{g_s} is met by the pairs i ≥ s > j, so dg_s = Σ_{i ≥ s} q_i·dq_i −
+Σ_{j ≥ s} k_j·dk_j + ⟨S_N, dS_N⟩. A gate per channel is `diagonal_channel`.
 
 Few heads and a long sequence leave a GPU idle: the sequence is then cut into pieces, whose states are found first
 (without outputs) and chained.
@@ -25,11 +25,11 @@ import triton
 from torch import Tensor
 
 from regard.kernels.triton.aligned import aligned, missing, widened
-from regard.kernels.triton.diagonal_channel import gate_gradients, scale, scan_channel
+from regard.kernels.triton.diagonal_channel import ChannelDecay
 from regard.kernels.triton.diagonal_scalar import running_sums, scan_scalar
 from regard.kernels.triton.pieces import Pieces, documents, even
 
-Kind = Literal["none", "scalar", "channel"]
+Kind = Literal["none", "scalar"]
 PROCESSORS = 132  # programs that keep the GPU busy (an H100's multiprocessors)
 WHOLE = 2048  # tokens under which a sequence is not cut
 
@@ -43,12 +43,12 @@ class Launch:
     stages: int
 
 
-def launch(kind: Kind, columns: int, programs: int, dtype: torch.dtype) -> Launch:
+def launch(columns: int, programs: int, dtype: torch.dtype) -> Launch:
     """Measured on an H100 at head dims of 128 in bfloat16. programs: heads × pieces, each of which walks its tokens."""
     fits = max(32, triton.next_power_of_2(columns))
     if dtype == torch.float32:
         return Launch(min(32, fits), 4, 2)
-    if kind == "channel" or programs * -(-columns // 64) < PROCESSORS // 2:
+    if programs * -(-columns // 64) < PROCESSORS // 2:
         return Launch(min(32, fits), 4, 2)
     return Launch(min(64, fits), 4, 3)
 
@@ -63,69 +63,46 @@ def chunk_size(dtype: torch.dtype) -> int:
 class Work:
     """The decay made ready for all scans of a call.
 
-    sums: for "scalar", running sums (B, H, N). For "channel": qs, ks (B, H, N, Dk), total (chunks, H, Dk) and sound
-    (chunks, H) as `scale` writes them. g is the log decay, (B, H, N) or (B, H, N, Dk)."""
+    sums: for "scalar", running sums (B, H, N). g is the log decay, (B, H, N)."""
 
     kind: Kind
     pieces: Pieces
     chunk: int
     g: Tensor | None = None
     sums: Tensor | None = None
-    qs: Tensor | None = None
-    ks: Tensor | None = None
-    total: Tensor | None = None
-    sound: Tensor | None = None
 
 
-def prepare(q: Tensor, k: Tensor, g: Tensor | None, pieces: Pieces, chunk: int) -> Work:
+def prepare(q: Tensor, g: Tensor | None, pieces: Pieces, chunk: int) -> Work:
     """One pass over the decays, parallel in all chunks."""
     if g is None:
         return Work("none", pieces, chunk)
-    batch, heads, n, dim = q.shape
+    batch, heads, n, _ = q.shape
+    sums = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
     grid = (pieces.longest, heads, pieces.table.shape[0])
-    if g.ndim == 3:
-        sums = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
-        running_sums[grid](g, sums, pieces.table, *g.stride(), heads, n, C=chunk, num_warps=1)
-        return Work("scalar", pieces, chunk, g, sums)
-    qs, ks = (torch.empty(batch, n, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2) for _ in range(2))
-    total = torch.empty(pieces.chunks, heads, dim, dtype=torch.float32, device=q.device)
-    sound = torch.empty(pieces.chunks, heads, dtype=torch.int32, device=q.device)
-    strides = [s for x in (q, k, g, qs) for s in x.stride()[:3]]
-    scale[grid](
-        q, k, g, qs, ks, total, sound, pieces.table, *strides, heads, dim, limit(q.dtype),
-        C=chunk, BD=max(16, triton.next_power_of_2(dim)), num_warps=8,
-    )  # fmt: skip
-    return Work("channel", pieces, chunk, g, None, qs, ks, total, sound)
-
-
-def limit(dtype: torch.dtype) -> float:
-    """How far the logarithm (base 2) of a decay may fall within a chunk, so that the dtype holds its inverse."""
-    return 10.0 if dtype == torch.float16 else 86.0
+    running_sums[grid](g, sums, pieces.table, *g.stride(), heads, n, C=chunk, num_warps=1)
+    return Work("scalar", pieces, chunk, g, sums)
 
 
 def scan(
     q: Tensor, k: Tensor, v: Tensor, work: Work, state: Tensor | None,
-    *, scaled: tuple[Tensor | None, ...] = (), reverse: bool = False, beside: Tensor | None = None,
-    how: Launch | None = None,
+    *, reverse: bool = False, beside: Tensor | None = None, how: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """out (B, H, N, Dv), the state at the other end (sequences, H, Dk, Dv) float32, Σ_d out·beside (B, H, N) or None.
-
-    scaled: of a decay per channel, the scaled q and k where it is the keys', or the scaled v where it is the values'.
-    `beside` needs a decay that is not per channel."""
-    pieces, of_keys = work.pieces, len(scaled) == 2
+    """out (B, H, N, Dv), the state at the other end (sequences, H, Dk, Dv) float32, Σ_d out·beside (B, H, N) or
+    None."""
+    pieces = work.pieces
     if how is None:
-        how = launch(work.kind, v.shape[3], q.shape[1] * pieces.table.shape[0], q.dtype)
-    arguments = (q, k, v, scaled, work, reverse, how)
+        how = launch(v.shape[3], q.shape[1] * pieces.table.shape[0], q.dtype)
+    arguments = (q, k, v, work, reverse, how)
     if pieces.split > 1:
         local = _run(*arguments, None, None, wanted=False)[1]
-        state = _chain(local, state, work, of_keys, reverse)
+        state = _chain(local, state, work, reverse)
     out, final, dots = _run(*arguments, state, beside, wanted=True)
     if pieces.split > 1:
         final = final.unflatten(0, (pieces.sequences, pieces.split))[:, 0 if reverse else -1]
     return out, final, dots
 
 
-def _chain(local: Tensor, state: Tensor | None, work: Work, of_keys: bool, reverse: bool) -> Tensor:
+def _chain(local: Tensor, state: Tensor | None, work: Work, reverse: bool) -> Tensor:
     """The state that each piece starts from, (pieces, H, Dk, Dv), from what each piece leaves by itself."""
     pieces = work.pieces
     local = local.unflatten(0, (pieces.sequences, pieces.split))
@@ -136,15 +113,13 @@ def _chain(local: Tensor, state: Tensor | None, work: Work, of_keys: bool, rever
         starts[:, s] = before
         if work.g is not None:  # what the piece leaves of the state before it
             kept = work.g[:, :, slice(*pieces.spans[s])].float().sum(2).exp()
-            before = before * (
-                kept[..., None, None] if kept.ndim == 2 else kept[..., None] if of_keys else kept[:, :, None]
-            )
+            before = before * kept[..., None, None]
         before = before + local[:, s]
     return starts.flatten(0, 1)
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, scaled: tuple[Tensor | None, ...], work: Work, reverse: bool, how: Launch,
+    q: Tensor, k: Tensor, v: Tensor, work: Work, reverse: bool, how: Launch,
     state: Tensor | None, beside: Tensor | None, *, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     batch, heads, n, rows = q.shape
@@ -162,15 +137,6 @@ def _run(
         "STAGES": how.stages, "num_warps": how.warps, "num_stages": how.stages,
     }  # fmt: skip
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
-    if work.kind == "channel":
-        assert work.g is not None
-        qs, ks, vs = (*scaled, None) if len(scaled) == 2 else (None, None, *scaled)
-        strides += [s for x in (vs if qs is None else qs, work.g, out) for s in x.stride()[:3]]  # type: ignore[union-attr]
-        scan_channel[grid](
-            q, k, v, qs, ks, vs, work.g, work.total, work.sound, out, start, final, work.pieces.table,
-            *strides, heads, rows, columns, limit(q.dtype), KEYS=qs is not None, **shared,
-        )  # fmt: skip
-        return out, final, None
     dots = None if beside is None else torch.empty(blocks, batch, heads, n, dtype=torch.float32, device=v.device)
     x, sums = (v, final) if beside is None or dots is None else (beside, dots)
     block_step, row_step = (0, 0) if dots is None else dots.stride()[:2]
@@ -188,8 +154,8 @@ class _Diagonal(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, pieces: Pieces, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        work = prepare(q, k, g, pieces, chunk)
-        out, final, _ = scan(q, k, v, work, state, scaled=(work.qs, work.ks))
+        work = prepare(q, g, pieces, chunk)
+        out, final, _ = scan(q, k, v, work, state)
         ctx.save_for_backward(q, k, v, g, state, final, work.sums)
         ctx.pieces, ctx.chunk = pieces, chunk
         ctx.set_materialize_grads(False)
@@ -199,21 +165,19 @@ class _Diagonal(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         q, k, v, g, state, final, sums = ctx.saved_tensors
         pieces, chunk = ctx.pieces, ctx.chunk
-        work = prepare(q, k, g, pieces, chunk) if sums is None else Work("scalar", pieces, chunk, g, sums)
+        work = Work("none" if g is None else "scalar", pieces, chunk, g, sums)
         dout = torch.zeros_like(v) if dout is None else aligned(dout.to(v.dtype))
         gated = ctx.needs_input_grad[3]
-        beside = (q, k) if gated and work.kind == "scalar" else (None, None)
+        beside = (q, k) if gated else (None, None)
         turned = [None if s is None else s.mT for s in (state, dfinal)]
-        dq, _, q_dots = scan(dout, v, k, work, turned[0], scaled=(work.ks,), beside=beside[0])
-        dk, _, k_dots = scan(v, dout, q, work, turned[1], scaled=(work.qs,), reverse=True, beside=beside[1])
-        dv, dstate, _ = scan(k, q, dout, work, dfinal, scaled=(work.ks, work.qs), reverse=True)
+        dq, _, q_dots = scan(dout, v, k, work, turned[0], beside=beside[0])
+        dk, _, k_dots = scan(v, dout, q, work, turned[1], reverse=True, beside=beside[1])
+        dv, dstate, _ = scan(k, q, dout, work, dfinal, reverse=True)
         dg = None
         if gated:
             ends = torch.zeros_like(final) if dfinal is None else final * dfinal
-            if q_dots is not None and k_dots is not None:
-                dg = _scalar_gates(q_dots - k_dots, ends.sum((-1, -2)), work.pieces)
-            else:
-                dg = _channel_gates(q, dq, k, dk, ends.sum(-1), work)
+            assert q_dots is not None and k_dots is not None
+            dg = _scalar_gates(q_dots - k_dots, ends.sum((-1, -2)), work.pieces)
         return dq, dk, dv, dg, dstate if ctx.needs_input_grad[4] else None, None, None
 
 
@@ -225,18 +189,6 @@ def _scalar_gates(change: Tensor, ends: Tensor, pieces: Pieces) -> Tensor:
     begins, stops = (pieces.table[:, i].long() for i in (1, 2))
     after = torch.nn.functional.pad(later, (0, 1))[0][:, stops]  # (H, sequences): what lies behind each document
     return (later[0] - (after - ends.mT.double()).repeat_interleave(stops - begins, 1))[None].float()
-
-
-def _channel_gates(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, ends: Tensor, work: Work) -> Tensor:
-    batch, heads, n, dim = q.shape
-    pieces = work.pieces if work.pieces.split == 1 else even(batch, n, 1, work.chunk, q.device)
-    dg = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=q.device)
-    width = min(32, triton.next_power_of_2(dim))
-    strides = [s for x in (q, dq, k, dk, dg) for s in x.stride()[:3]]
-    gate_gradients[(triton.cdiv(dim, width), heads, pieces.table.shape[0])](
-        q, dq, k, dk, dg, ends.contiguous(), pieces.table, *strides, heads, dim, C=64, BD=width, num_warps=4
-    )
-    return dg
 
 
 def diagonal(
@@ -266,5 +218,6 @@ def diagonal(
         programs = batch * heads * -(-columns // 32)
         split = 1 if n < WHOLE or programs * 2 > PROCESSORS else min(2 * PROCESSORS // programs, n // (WHOLE // 2))
         pieces = even(batch, n, split, chunk, q.device)
-    out, final = _Diagonal.apply(q, k, v, g, state, pieces, chunk)
+    per_channel = g is not None and g.ndim == 4
+    out, final = (ChannelDecay if per_channel else _Diagonal).apply(q, k, v, g, state, pieces, chunk)
     return (out[..., :columns], final[:, :, :dim, :columns]) if any(more) else (out, final)

@@ -1,173 +1,189 @@
-"""One scan for decays of their own per channel (GLA, HGRN-2): of the keys' channels, or of the values'.
+"""The diagonal-decay recurrence with a gate per channel (GLA, HGRN-2), forward and backward.
 
-    keys      o_i = Σ_{j ≤ i} (Σ_d q_id k_jd e^{b_id − b_jd}) v_j        state S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ
-    values    o_id = Σ_{j ≤ i} (q_i·k_j) v_jd e^{b_id − b_jd}            state S_t = S_{t−1} diag(e^{g_t}) + k_t v_tᵀ
-
-The forward of a gate per channel is `keys`; the gradients of q and k are `values`, that of v is `keys` in reverse
-(pairs i ≥ j, from the end). Within a chunk, e^{b_i − b_j} is split into e^{b_i} e^{−b_j}: `scale` writes q e^{b} and
-k e^{−b} once, for all four scans, which are then nearly those without a decay. Sound while b stays above −LIMIT; a
-chunk that forgets more is done from q and k themselves in blocks of 16 tokens, and a block that still does, token by
-token. So any decay down to −inf is exact, no exponent is ever above LIMIT, and it is slower only where that happens.
+`channel_factors`, parallel over chunks, makes all that does not depend on the state; `scan_chunks` walks a sequence
+with it; in the backward it walks twice more, for the state that each chunk meets and, from the end, for its gradient,
+and `channel_gradients` is parallel again. The factors are not kept for the backward but made again. Any decay ≤ 0 is
+exact.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from regard.kernels.triton.diagonal_chunk import advance, tile
-
-
-@triton.jit
-def _gates(G, at, sgn, index, dims, end, width):
-    """Log decays in base 2, (index, dims); 0 outside."""
-    return tile(G, at, sgn, index, dims, end, width).to(tl.float32) * 1.4426950408889634
-
-
-@triton.jit
-def scale(
-    Q, K, G, QS, KS, Total, Sound, Pieces,
-    sqb, sqh, sqn, skb, skh, skn, sgb, sgh, sgn, ssb, ssh, ssn, heads, D, LIMIT: tl.constexpr,
-    C: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """QS = q e^{b}, KS = k e^{−b} (B, H, N, D) alike in strides; of each chunk, Total (chunks, H, D), the whole sums in
-    base 2, and Sound (chunks, H): whether all stay above −LIMIT."""
-    n, h, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, end = tl.load(Pieces + piece * 4).to(tl.int64), tl.load(Pieces + piece * 4 + 2)
-    at = tl.load(Pieces + piece * 4 + 1) + n * C
-    if at < end:
-        h64 = h.to(tl.int64)
-        c, d = tl.arange(0, C), tl.arange(0, BD)
-        g = _gates(G + row * sgb + h64 * sgh, at, sgn, c, d, end, D)
-        b, total = tl.cumsum(g, 0), tl.sum(g, 0)
-        q = tile(Q + row * sqb + h64 * sqh, at, sqn, c, d, end, D) * tl.exp2(b)
-        k = tile(K + row * skb + h64 * skh, at, skn, c, d, end, D) * tl.exp2(tl.minimum(-b, LIMIT))
-        there = row * ssb + h64 * ssh + at.to(tl.int64) * ssn + c[:, None] * ssn + d[None]
-        inside = (at + c < end)[:, None] & (d < D)[None]
-        tl.store(QS + there, q.to(QS.dtype.element_ty), mask=inside)
-        tl.store(KS + there, k.to(KS.dtype.element_ty), mask=inside)
-        chunk = (tl.load(Pieces + piece * 4 + 3) + n).to(tl.int64) * heads + h
-        tl.store(Total + chunk * D + d, total, mask=d < D)
-        tl.store(Sound + chunk, (tl.min(total) >= -LIMIT).to(tl.int32))
+from regard.kernels.triton.aligned import aligned
+from regard.kernels.triton.channel_factors import channel_factors, segments
+from regard.kernels.triton.channel_gradients import channel_gradients
+from regard.kernels.triton.channel_scan import scan_chunks
+from regard.kernels.triton.pieces import Pieces
 
 
-@triton.jit
-def scan_channel(
-    Q, K, V, QS, KS, VS, G, Total, Sound, Out, Start, Final, Pieces,
-    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sub, suh, sun, sgb, sgh, sgn, sob, soh, son,
-    heads, DK, DV, LIMIT: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, REVERSE: tl.constexpr,
-    OUT: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One piece of one head, BV value columns. As `scan_scalar`; G (B, H, N, DK), or (B, H, N, DV) for the values.
+@dataclass(frozen=True)
+class Launch:
+    """columns: how many a program holds, or takes at a time; warps; pipeline stages."""
 
-    QS, KS, VS (strides su·) are the inputs with the scale of their place: q and k for the keys, v for the values."""
-    block, h, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = tl.load(Pieces + piece * 4).to(tl.int64)
-    begin, end = tl.load(Pieces + piece * 4 + 1), tl.load(Pieces + piece * 4 + 2)
-    first_chunk = tl.load(Pieces + piece * 4 + 3).to(tl.int64)
-    c, dk, dv = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
-    state = tl.zeros([BK, BV], tl.float32)
-    entry = (piece * heads + h) * DK * DV + dk[:, None] * DV + dv[None]
-    held = (dk < DK)[:, None] & (dv < DV)[None]
-    if START:
-        state = tl.load(Start + entry, mask=held, other=0.0)
-    q_base, k_base, v_base = Q + row * sqb + h * sqh, K + row * skb + h * skh, V + row * svb + h * svh
-    g_base, out_base, scaled = G + row * sgb + h * sgh, Out + row * sob + h * soh, row * sub + h * suh
-    gated, width = (dk, DK) if KEYS else (dv, DV)
-    chunks = tl.cdiv(end - begin, C)
-    turn = chunks - 1 if REVERSE else 0
-    chunk = (first_chunk + turn) * heads + h
-    next_sound, next_total = (
-        tl.load(Sound + chunk),
-        tl.load(Total + chunk * width + gated, mask=gated < width, other=0.0),
-    )
-    for n in tl.range(0, chunks, num_stages=STAGES):
-        at = begin + ((chunks - 1 - n) if REVERSE else n) * C
-        sound, kept = next_sound, tl.exp2(next_total)
-        turn = tl.maximum(chunks - 2 - n, 0) if REVERSE else tl.minimum(n + 1, chunks - 1)
-        chunk = (first_chunk + turn) * heads + h  # the next one's are on their way while this one is worked on
-        next_sound = tl.load(Sound + chunk)
-        next_total = tl.load(Total + chunk * width + gated, mask=gated < width, other=0.0)
-        if KEYS:
-            q, k = tile(QS + scaled, at, sun, c, dk, end, DK), tile(KS + scaled, at, sun, c, dk, end, DK)
-            v = tile(v_base, at, svn, c, dv, end, DV)
-        else:
-            q, k = tile(q_base, at, sqn, c, dk, end, DK), tile(k_base, at, skn, c, dk, end, DK)
-            v = tile(VS + scaled, at, sun, c, dv, end, DV)
-        if sound != 0:
-            leaves = kept[:, None] if KEYS else kept[None]
-            read = leaves
-            if not KEYS and OUT:
-                b = tl.cumsum(_gates(g_base, at, sgn, c, dv, end, DV), 0)
-                read = tl.exp2(-b if REVERSE else b)
-            acc, state = advance(q, k, v, leaves, read, state, c, not KEYS, REVERSE, OUT, PRECISION)
-            if OUT:
-                there = out_base + at.to(tl.int64) * son + c[:, None] * son + dv[None]
-                tl.store(there, acc.to(Out.dtype.element_ty), mask=(at + c < end)[:, None] & (dv < DV)[None])
-        else:
-            blocks: tl.constexpr = C // 16
-            for u in range(0, blocks):
-                first = at + ((blocks - 1 - u) if REVERSE else u) * 16
-                stop = tl.minimum(first + 16, end)  # a tile of C rows of which 16 are filled: all tiles have one shape
-                g = _gates(g_base, first, sgn, c, gated, stop, width)
-                if tl.min(tl.sum(g, 0)) >= -LIMIT:
-                    qf, kf = tile(q_base, first, sqn, c, dk, stop, DK), tile(k_base, first, skn, c, dk, stop, DK)
-                    vf, bf = tile(v_base, first, svn, c, dv, stop, DV), tl.cumsum(g, 0)
-                    up, down = tl.exp2(-bf if REVERSE else bf), tl.exp2(bf if REVERSE else -bf)
-                    if KEYS:
-                        qf, kf = (qf * up).to(qf.dtype), (kf * down).to(kf.dtype)
-                    else:
-                        vf = (vf * down).to(vf.dtype)
-                    fade = tl.exp2(tl.sum(g, 0))[:, None] if KEYS else tl.exp2(tl.sum(g, 0))[None]
-                    accf, state = advance(qf, kf, vf, fade, up, state, c, not KEYS, REVERSE, OUT, PRECISION)
-                    if OUT:
-                        there = out_base + first.to(tl.int64) * son + c[:, None] * son + dv[None]
-                        inside = (first + c < stop)[:, None] & (dv < DV)[None]
-                        tl.store(there, accf.to(Out.dtype.element_ty), mask=inside)
-                else:
-                    for w in range(0, stop - first):
-                        t = (stop - 1 - w if REVERSE else first + w).to(tl.int64)
-                        g1 = tl.load(g_base + t * sgn + gated, mask=gated < width, other=0.0).to(tl.float32)
-                        g1 = tl.exp2(g1 * 1.4426950408889634)
-                        fade1 = g1[:, None] if KEYS else g1[None]
-                        q1 = tl.load(q_base + t * sqn + dk, mask=dk < DK, other=0.0).to(tl.float32)
-                        k1 = tl.load(k_base + t * skn + dk, mask=dk < DK, other=0.0).to(tl.float32)
-                        v1 = tl.load(v_base + t * svn + dv, mask=dv < DV, other=0.0).to(tl.float32)
-                        if not REVERSE:
-                            state = state * fade1
-                        state = state + k1[:, None] * v1[None]
-                        if OUT:
-                            o1 = tl.sum(q1[:, None] * state, 0).to(Out.dtype.element_ty)
-                            tl.store(out_base + t * son + dv, o1, mask=dv < DV)
-                        if REVERSE:
-                            state = state * fade1
-    tl.store(Final + entry, state, mask=held)
+    columns: int
+    warps: int
+    stages: int
 
 
-@triton.jit
-def gate_gradients(
-    Q, DQ, K, DK, DG, Ends, Pieces,
-    sqb, sqh, sqn, sab, sah, san, skb, skh, skn, scb, sch, scn, sgb, sgh, sgn, heads, D,
-    C: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """dg_s = Σ_{t ≥ s} (q_t·dq_t − k_t·dk_t) + what the final state's gradient adds (Ends (pieces, H, D)), per channel.
+@dataclass(frozen=True)
+class Launches:
+    """The three kernels. What `columns` counts: channels of keys for `factors`, values for `scan` and `gradients`.
 
-    A pair i ≥ s > j of tokens meets the decay of s: it is in the first sum and not in the second."""
-    block, h, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = tl.load(Pieces + piece * 4).to(tl.int64)
-    begin, end = tl.load(Pieces + piece * 4 + 1), tl.load(Pieces + piece * 4 + 2)
-    c, d = tl.arange(0, C), block * BD + tl.arange(0, BD)
-    later = tl.load(Ends + (piece * heads + h) * D + d, mask=d < D, other=0.0)
-    chunks = tl.cdiv(end - begin, C)
-    for n in range(0, chunks):
-        at = begin + (chunks - 1 - n) * C
-        q = tile(Q + row * sqb + h * sqh, at, sqn, c, d, end, D).to(tl.float32)
-        dq = tile(DQ + row * sab + h * sah, at, san, c, d, end, D).to(tl.float32)
-        k = tile(K + row * skb + h * skh, at, skn, c, d, end, D).to(tl.float32)
-        dk = tile(DK + row * scb + h * sch, at, scn, c, d, end, D).to(tl.float32)
-        change = q * dq - k * dk
-        dg = tl.cumsum(change, 0, reverse=True) + later[None]
-        there = DG + row * sgb + h * sgh + at.to(tl.int64) * sgn + c[:, None] * sgn + d[None]
-        tl.store(there, dg.to(DG.dtype.element_ty), mask=(at + c < end)[:, None] & (d < D)[None])
-        later += tl.sum(change, 0)
+    channels: of keys that one program of `gradients` gives gradients for. rows: those that the state is held for."""
+
+    factors: Launch
+    scan: Launch
+    gradients: Launch
+    channels: int
+    rows: int
+
+
+def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
+    """By the shape of the state, rows (Dk) × columns (Dv), so that tiles stay in registers.
+
+    Products in half precision have at least 64 rows: smaller ones do not mix with wide ones on Hopper (Triton 3.6)."""
+    if dtype == torch.float32:
+        tall = max(16, triton.next_power_of_2(rows))
+        short = Launch(16, 8, 1)
+        return Launches(Launch(min(tall, 32), 4, 1), short, short, min(tall, 32), tall)
+    tall = max(64, triton.next_power_of_2(rows))
+    wide = max(32, triton.next_power_of_2(columns))
+    scan = Launch(min(wide, 64 if tall == 64 else 32), 4 if tall <= 128 else 8, 2)
+    return Launches(Launch(32 if tall > 64 else 64, 4, 1), scan, Launch(32, 4, 2), 32, tall)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What `channel_factors` writes: Q̂ and K̂ (2, chunks, H, C, BK), e^{b_C} (chunks, H, BK), P (chunks, H, C, C)."""
+
+    both: Tensor
+    kept: Tensor
+    p: Tensor
+
+
+def _precision(q: Tensor) -> dict[str, Any]:
+    exact = q.dtype == torch.float32
+    return {"EXACT": exact, "PRECISION": "ieee" if exact else "tf32"}  # half precision has but one
+
+
+def _segments(q: Tensor, chunk: int) -> Tensor:
+    return segments(chunk.bit_length() - 1, q.dtype == torch.float32, q.device)
+
+
+def factors_of(q: Tensor, k: Tensor, g: Tensor, pieces: Pieces, chunk: int, how: Launches) -> Factors:
+    heads, count = q.shape[1], pieces.chunks
+    both = torch.empty(2, count, heads, chunk, how.rows, dtype=q.dtype, device=q.device)
+    kept = torch.empty(count, heads, how.rows, dtype=torch.float32, device=q.device)
+    p = torch.empty(count, heads, chunk, chunk, dtype=q.dtype, device=q.device)
+    if count * heads:
+        strides = [s for x in (q, k, g) for s in x.stride()[:3]]
+        channel_factors[(count, heads)](
+            q, k, g, both, kept, p, _segments(q, chunk), pieces.each, *strides, both.stride(0), heads, q.shape[3],
+            C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.factors.columns, **_precision(q),
+            num_warps=how.factors.warps, num_stages=how.factors.stages,
+        )  # fmt: skip
+    return Factors(both, kept, p)
+
+
+def _scan(
+    factors: Factors, v: Tensor, rows: int, start: Tensor | None, pieces: Pieces, how: Launches,
+    *, reverse: bool = False, out: Tensor | None = None, states: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The state at the other end of each piece (pieces, H, Dk, Dv) float32; fills `out` and `states`."""
+    heads, columns, count = v.shape[1], v.shape[3], pieces.table.shape[0]
+    final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
+    read, write = (factors.both[s] for s in ((1, 0) if reverse else (0, 1)))
+    there = v if out is None else out
+    if count * heads:
+        scan_chunks[(triton.cdiv(columns, how.scan.columns), heads, count)](
+            read, write, v, factors.p, factors.kept, there, final if start is None else start, final,
+            v if states is None else states, pieces.table, *v.stride()[:3], *there.stride()[:3], heads, rows, columns,
+            C=read.shape[2], BK=read.shape[3], BV=how.scan.columns, REVERSE=reverse, START=start is not None,
+            OUT=out is not None, KEEP=states is not None, PRECISION=_precision(v)["PRECISION"], STAGES=how.scan.stages,
+            num_warps=how.scan.warps, num_stages=how.scan.stages,
+        )  # fmt: skip
+    return final
+
+
+def _starts(
+    factors: Factors, g: Tensor, v: Tensor, state: Tensor | None, pieces: Pieces, how: Launches, reverse: bool
+) -> Tensor | None:
+    """The state that each piece starts from, (pieces, H, Dk, Dv), from what each leaves by itself."""
+    state = None if state is None else state.float().contiguous()
+    if pieces.split == 1:
+        return state
+    local = _scan(factors, v, g.shape[3], None, pieces, how, reverse=reverse)
+    local = local.unflatten(0, (pieces.sequences, pieces.split))
+    starts = torch.empty_like(local)
+    before = torch.zeros_like(local[:, 0]) if state is None else state
+    for s in reversed(range(pieces.split)) if reverse else range(pieces.split):
+        starts[:, s] = before
+        kept = g[:, :, slice(*pieces.spans[s])].float().sum(2).exp()
+        before = before * kept[..., None] + local[:, s]
+    return starts.flatten(0, 1)
+
+
+def _last(states: Tensor, pieces: Pieces, reverse: bool) -> Tensor:
+    """Of each sequence: (sequences, H, Dk, Dv) from those of its pieces."""
+    if pieces.split == 1:
+        return states
+    return states.unflatten(0, (pieces.sequences, pieces.split))[:, 0 if reverse else -1]
+
+
+def _like(x: Tensor) -> Tensor:
+    """Unwritten, (B, H, N, D), lying as (B, N, H, D) in memory."""
+    batch, heads, n, dim = x.shape
+    return torch.empty(batch, n, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+class ChannelDecay(torch.autograd.Function):
+    """(out, final state) of q, k, v, g (B, H, N, Dk), state, pieces, chunk: tensors are `aligned`, their sizes too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, pieces: Pieces, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        how = launches(q.shape[3], v.shape[3], q.dtype)
+        factors = factors_of(q, k, g, pieces, chunk, how)
+        starts, out = _starts(factors, g, v, state, pieces, how, False), _like(v)
+        final = _scan(factors, v, q.shape[3], starts, pieces, how, out=out)
+        ctx.save_for_backward(q, k, v, g, starts)
+        ctx.pieces, ctx.chunk = pieces, chunk
+        ctx.set_materialize_grads(False)
+        return out, _last(final, pieces, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, g, starts = ctx.saved_tensors
+        pieces, chunk, gated = ctx.pieces, ctx.chunk, ctx.needs_input_grad[3]
+        heads, rows, columns = q.shape[1], q.shape[3], v.shape[3]
+        how = launches(rows, columns, q.dtype)
+        factors = factors_of(q, k, g, pieces, chunk, how)
+        dout = torch.zeros_like(v) if dout is None else aligned(dout.to(v.dtype))
+        size = (pieces.chunks, heads, rows, columns)
+        states, dstates = (torch.empty(size, dtype=q.dtype, device=q.device) for _ in range(2))
+        _scan(factors, v, rows, starts, pieces, how, states=states)
+        dstarts, dv = _starts(factors, g, dout, dfinal, pieces, how, True), _like(v)
+        dstate = _scan(factors, dout, rows, dstarts, pieces, how, reverse=True, out=dv, states=dstates)
+        kept, dq, dk, dg = factors.kept, _like(q), _like(k), _like(g) if gated else q
+        del factors
+        if pieces.chunks * heads:
+            given = q, k, v, g, dout
+            strides = [s for x in (*given, dq, dk, dg) for s in x.stride()[:3]]
+            channel_gradients[(pieces.chunks, heads, triton.cdiv(rows, how.channels))](
+                *given, states, dstates, kept, dq, dk, dg, _segments(q, chunk), pieces.each, *strides, heads, rows,
+                columns,
+                C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.channels, BV=how.gradients.columns,
+                GATED=gated, STAGES=how.gradients.stages, **_precision(q),
+                num_warps=how.gradients.warps, num_stages=how.gradients.stages,
+            )  # fmt: skip
+        first = _last(dstate, pieces, True) if ctx.needs_input_grad[4] else None
+        return dq, dk, dv, dg if gated else None, first, None, None

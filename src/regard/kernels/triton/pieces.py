@@ -14,10 +14,12 @@ from torch import Tensor
 class Pieces:
     """table (pieces, 4) int32: batch row, first token, end, number of its first chunk. All pieces of a sequence follow
     one another. spans: of one sequence, where all are cut alike; empty for packed documents, which are not cut.
-    chunks: how many there are; longest: how many the longest piece has.
+    chunks: how many there are; longest: how many the longest piece has. each (chunks, 3) int32: batch row, first token,
+    end.
     """
 
     table: Tensor
+    each: Tensor
     spans: tuple[tuple[int, int], ...]
     sequences: int
     chunks: int
@@ -34,11 +36,13 @@ def _pieces(
 ) -> Pieces:
     sizes = [-(-(stop - start) // chunk) for _, start, stop in rows]
     table, before = [], 0
+    each = [(row, at, min(at + chunk, stop)) for row, start, stop in rows for at in range(start, stop, chunk)]
     for (row, start, stop), size in zip(rows, sizes, strict=True):
         table.append((row, start, stop, before))
         before += size
     held = torch.tensor(table, dtype=torch.int32, device=device).view(-1, 4)
-    return Pieces(held, spans, len(rows) // max(len(spans), 1), before, max(sizes, default=0))
+    cut = torch.tensor(each, dtype=torch.int32, device=device).view(-1, 3)
+    return Pieces(held, cut, spans, len(rows) // max(len(spans), 1), before, max(sizes, default=0))
 
 
 @lru_cache(maxsize=64)

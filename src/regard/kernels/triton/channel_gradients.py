@@ -1,0 +1,108 @@
+"""The gradients of q, k and the log decays where a chunk's states are known (`channel_scan`), parallel over chunks.
+
+With S the state before a chunk, dS the gradient of that after it, dP = tril(dO Vᵀ), and X, of each size of block, the
+tokens scaled towards the middle of their block (`channel_factors`):
+
+    dq = e^{b} ⊙ (dO Sᵀ) + …        dk = e^{b_C − b} ⊙ (V dSᵀ) + …
+
+where the rest is, size by size, e^{E} ⊙ (D X): D = dP + dPᵀ for the pairs of that size, E the exponents in X. Its later
+halves are of dq, the earlier of dk. Every exponent is a sum M g of log decays with M of 0 and 1, so its gradient, the
+product of what was scaled and of the gradient of that, goes to g by Mᵀ: no long sums are ever subtracted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regard.kernels.triton.channel_factors import apart, later_half, log_decays, split, sums
+from regard.kernels.triton.diagonal_chunk import tile
+
+
+@triton.jit
+def _passed_on(weights, x, dg, EXACT: tl.constexpr):
+    """dg + weightsᵀ x: gradients of sums to what was summed."""
+    if EXACT:
+        return tl.dot(tl.trans(weights), x, dg, input_precision="ieee")
+    return tl.dot(tl.trans(weights), x.to(tl.bfloat16), dg)
+
+
+@triton.jit
+def channel_gradients(
+    Q, K, V, G, DOut, States, DStates, Kept, DQ, DKeys, DG, Segments, Table,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son,
+    sab, sah, san, scb, sch, scn, swb, swh, swn, heads, DK, DV,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head, C = 2^LEVELS tokens: BD channels of DQ, DKeys and, if GATED, DG, all (B, H, N, DK).
+
+    States, DStates (chunks, H, DK, DV), Kept = e^{b_C} (chunks, H, BK), Segments and Table as
+    `channel_factors` has them."""
+    chunk, h, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    row = tl.load(Table + chunk * 3).to(tl.int64)
+    at, end = tl.load(Table + chunk * 3 + 1), tl.load(Table + chunk * 3 + 2)
+    place = chunk * heads + h
+    c, dims = tl.arange(0, C), part * BD + tl.arange(0, BD)
+    i, j = c[:, None], c[None]
+    v_base, o_base = V + row * svb + h * svh, DOut + row * sob + h * soh
+    met = tl.zeros([BD], tl.float32)
+    if GATED:  # a loop of its own: tiles that products read in the pipeline are not to be read otherwise too
+        for step in tl.range(0, tl.cdiv(DV, BV), num_stages=1):
+            dv = step * BV + tl.arange(0, BV)
+            entry, held = place * DK * DV + dims[:, None] * DV + dv[None], (dims < DK)[:, None] & (dv < DV)[None]
+            s, ds = tl.load(States + entry, mask=held, other=0.0), tl.load(DStates + entry, mask=held, other=0.0)
+            met += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
+        met *= tl.load(Kept + place * BK + dims)
+    x, turned = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for step in tl.range(0, tl.cdiv(DV, BV), num_stages=STAGES):
+        dv = step * BV + tl.arange(0, BV)
+        v, do = tile(v_base, at, svn, c, dv, end, DV), tile(o_base, at, son, c, dv, end, DV)
+        x = tl.dot(do, tl.trans(v), x, input_precision=PRECISION)
+        turned = tl.dot(v, tl.trans(do), turned, input_precision=PRECISION)
+    own = tl.sum(tl.where(i == j, x, 0.0), 1)[:, None]
+    both = tl.where(i > j, x, turned).to(Q.dtype.element_ty)
+    dq, dw = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
+    for step in tl.range(0, tl.cdiv(DV, BV), num_stages=STAGES):
+        dv = step * BV + tl.arange(0, BV)
+        entry, held = place * DK * DV + dims[:, None] * DV + dv[None], (dims < DK)[:, None] & (dv < DV)[None]
+        s, ds = tl.load(States + entry, mask=held, other=0.0), tl.load(DStates + entry, mask=held, other=0.0)
+        v, do = tile(v_base, at, svn, c, dv, end, DV), tile(o_base, at, son, c, dv, end, DV)
+        dq = tl.dot(do, tl.trans(s), dq, input_precision=PRECISION)
+        dw = tl.dot(v, tl.trans(ds), dw, input_precision=PRECISION)
+    q_base, k_base = Q + row * sqb + h * sqh, K + row * skb + h * skh
+    q, k = tile(q_base, at, sqn, c, dims, end, DK), tile(k_base, at, skn, c, dims, end, DK)
+    inside, at64 = (at + c < end)[:, None] & (dims < DK)[None], at.to(tl.int64) + i
+    high, low = split(log_decays(G + row * sgb + h * sgh, at, sgn, c, dims, end, DK), EXACT)
+    dg = tl.zeros([C, BD], tl.float32)
+    dg += met[None]
+    square = i * C + j
+    after = tl.load(Segments + LEVELS * (C * C) + square)
+    dw *= tl.exp2(sums(after, high, low, EXACT))
+    if GATED:
+        dg = _passed_on(after, k * dw, dg, EXACT)
+    dw += own * q
+    upto = tl.load(Segments + (LEVELS + 1) * (C * C) + square)
+    dq *= tl.exp2(sums(upto, high, low, EXACT))
+    if GATED:
+        dg = _passed_on(upto, q * dq, dg, EXACT)
+    dq += own * k
+    for level in tl.range(0, LEVELS, num_stages=1):
+        weights = tl.load(Segments + level * (C * C) + square)
+        scale = tl.exp2(sums(weights, high, low, EXACT))
+        late = later_half(i, level)
+        there = tl.where(late, q_base + at.to(tl.int64) * sqn, k_base + at.to(tl.int64) * skn) + dims[None]
+        there += i * tl.where(late, sqn, skn)
+        own_half = tl.load(there, mask=inside, other=0.0)
+        pairs = tl.where(apart(i, j, level), both, 0.0).to(q.dtype)
+        found = tl.dot(pairs, (own_half * scale).to(q.dtype), input_precision=PRECISION) * scale
+        if GATED:
+            dg = _passed_on(weights, own_half * found, dg, EXACT)
+        dq += tl.where(late, found, 0.0)
+        dw += tl.where(late, 0.0, found)
+    tl.store(DQ + row * sab + h * sah + at64 * san + dims[None], dq.to(DQ.dtype.element_ty), mask=inside)
+    tl.store(DKeys + row * scb + h * sch + at64 * scn + dims[None], dw.to(DKeys.dtype.element_ty), mask=inside)
+    if GATED:  # what has no influence in float32 has no gradient; loaded again: it is not to be held for so long
+        g = log_decays(G + row * sgb + h * sgh, at, sgn, c, dims, end, DK)
+        dg = tl.where(g > -160.0, dg, 0.0)
+        tl.store(DG + row * swb + h * swh + at64 * swn + dims[None], dg.to(DG.dtype.element_ty), mask=inside)
