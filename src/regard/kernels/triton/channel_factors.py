@@ -59,8 +59,9 @@ def split(x, EXACT: tl.constexpr):
     """x ≈ high + low, both bfloat16; EXACT: x itself, twice."""
     if EXACT:
         return x, x
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+    else:
+        high = x.to(tl.bfloat16)
+        return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -68,7 +69,8 @@ def sums(weights, high, low, EXACT: tl.constexpr):
     """weights (C, C) times what was `split`: (C, dims) float32."""
     if EXACT:
         return tl.dot(weights, high, input_precision="ieee")
-    return tl.dot(weights, low, tl.dot(weights, high))
+    else:
+        return tl.dot(weights, low, tl.dot(weights, high))
 
 
 @triton.jit

@@ -24,7 +24,8 @@ def _passed_on(weights, x, dg, EXACT: tl.constexpr):
     """dg + weightsᵀ x: gradients of sums to what was summed."""
     if EXACT:
         return tl.dot(tl.trans(weights), x, dg, input_precision="ieee")
-    return tl.dot(tl.trans(weights), x.to(tl.bfloat16), dg)
+    else:
+        return tl.dot(tl.trans(weights), x.to(tl.bfloat16), dg)
 
 
 @triton.jit
@@ -77,16 +78,13 @@ def channel_gradients(
     dg = tl.zeros([C, BD], tl.float32)
     dg += met[None]
     square = i * C + j
-    after = tl.load(Segments + LEVELS * (C * C) + square)
-    dw *= tl.exp2(sums(after, high, low, EXACT))
-    if GATED:
-        dg = _passed_on(after, k * dw, dg, EXACT)
-    dw += own * q
-    upto = tl.load(Segments + (LEVELS + 1) * (C * C) + square)
-    dq *= tl.exp2(sums(upto, high, low, EXACT))
-    if GATED:
-        dg = _passed_on(upto, q * dq, dg, EXACT)
-    dq += own * k
+    for side in tl.range(0, 2, num_stages=1):  # dk and later decays, then dq and earlier ones; unrolled, it would spill
+        weights = tl.load(Segments + (LEVELS + side) * (C * C) + square)
+        scaled = tl.where(side == 1, dq, dw) * tl.exp2(sums(weights, high, low, EXACT))
+        if GATED:
+            dg = _passed_on(weights, tl.where(side == 1, q, k) * scaled, dg, EXACT)
+        scaled += own * tl.where(side == 1, k, q)
+        dq, dw = tl.where(side == 1, scaled, dq), tl.where(side == 1, dw, scaled)
     for level in tl.range(0, LEVELS, num_stages=1):
         weights = tl.load(Segments + level * (C * C) + square)
         scale = tl.exp2(sums(weights, high, low, EXACT))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from regard.kernels.triton.aligned import aligned, missing, widened
 from regard.kernels.triton.diagonal_channel import ChannelDecay
+from regard.kernels.triton.diagonal_channel import chunk_size as channel_chunk_size
 from regard.kernels.triton.diagonal_scalar import running_sums, scan_scalar
 from regard.kernels.triton.pieces import Pieces, documents, even
 
@@ -211,13 +212,13 @@ def diagonal(
         g = g.expand(batch, heads, n, 1)[..., 0]
     if state is not None:
         state = widened(state, *more)
-    chunk = chunk_size(q.dtype)
+    per_channel = g is not None and g.ndim == 4
+    chunk = channel_chunk_size(q.shape[3], q.dtype) if per_channel else chunk_size(q.dtype)
     if ends is not None:
         pieces = documents(ends, chunk, q.device)
     else:
         programs = batch * heads * -(-columns // 32)
         split = 1 if n < WHOLE or programs * 2 > PROCESSORS else min(2 * PROCESSORS // programs, n // (WHOLE // 2))
         pieces = even(batch, n, split, chunk, q.device)
-    per_channel = g is not None and g.ndim == 4
     out, final = (ChannelDecay if per_channel else _Diagonal).apply(q, k, v, g, state, pieces, chunk)
     return (out[..., :columns], final[:, :, :dim, :columns]) if any(more) else (out, final)

@@ -56,7 +56,12 @@ def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
     tall = max(64, triton.next_power_of_2(rows))
     wide = max(32, triton.next_power_of_2(columns))
     scan = Launch(min(wide, 64 if tall == 64 else 32), 4 if tall <= 128 else 8, 2)
-    return Launches(Launch(32 if tall > 64 else 64, 4, 1), scan, Launch(32, 4, 2), 32, tall)
+    return Launches(Launch(32, 4, 1), scan, Launch(32, 4, 2), 32, tall)
+
+
+def chunk_size(rows: int, dtype: torch.dtype) -> int:
+    """Tokens at a time: as many rows as wide products need; exact ones keep their factors in registers."""
+    return 64 if dtype.itemsize == 2 else 32 if rows <= 64 else 16
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def factors_of(q: Tensor, k: Tensor, g: Tensor, pieces: Pieces, chunk: int, how:
         channel_factors[(count, heads)](
             q, k, g, both, kept, p, _segments(q, chunk), pieces.each, *strides, both.stride(0), heads, q.shape[3],
             C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.factors.columns, **_precision(q),
-            num_warps=how.factors.warps, num_stages=how.factors.stages,
+            num_warps=how.factors.warps, num_stages=how.factors.stages, maxnreg=168,  # three at a time
         )  # fmt: skip
     return Factors(both, kept, p)
 
