@@ -7,9 +7,9 @@ gradient of the output and dS that of the final state, "reverse" meaning pairs i
 
     dq = scan(dO, v, k; Sᵀ)     dk = reverse scan(v, dO, q; dSᵀ)     dv = reverse scan(k, q, dO; dS)
 
-and the state that the last one ends with is the gradient of the initial state. The gradient of
-the gates needs no further scan: a decay e^{g_s} is met by the pairs i ≥ s > j, so dg_s = Σ_{i ≥ s} q_i·dq_i −
-Σ_{j ≥ s} k_j·dk_j + ⟨S_N, dS_N⟩. A gate per channel is `diagonal_channel`.
+and the state that the last one ends with is the gradient of the initial state. The gradient of the gates needs no
+further scan: a decay e^{g_s} is met by the pairs i ≥ s > j, so dg_s = Σ_{i ≥ s} q_i·dq_i − Σ_{j ≥ s} k_j·dk_j +
+⟨S_N, dS_N⟩. A gate per channel is `diagonal_channel`'s.
 
 Few heads and a long sequence leave a GPU idle: the sequence is then cut into pieces, whose states are found first
 (without outputs) and chained.
