@@ -45,7 +45,8 @@ def test_the_state_is_float32_constant_in_length_and_free_of_the_chunk_size() ->
         torch.manual_seed(0)
         layer = LightningAttention2Layer(16, 4, chunk_size=chunk_size).bfloat16()
         states.append(layer(x).state.inner.s)
-        assert states[-1].shape == layer(x[:, :3]).state.inner.s.shape == (2, 4, 4, 4) and states[-1].dtype == torch.float32
+        assert states[-1].shape == layer(x[:, :3]).state.inner.s.shape == (2, 4, 4, 4)
+        assert states[-1].dtype == torch.float32
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regard.kernels.triton.diagonal_chunk import tile
+from regard.kernels.triton.loads import tile
 
 
 @lru_cache(maxsize=8)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from regard.kernels.triton.channel_factors import apart, later_half, log_decays, split, sums
-from regard.kernels.triton.diagonal_chunk import tile
+from regard.kernels.triton.loads import tile
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regard.kernels.triton.diagonal_chunk import tile
+from regard.kernels.triton.loads import tile
 
 
 @triton.jit

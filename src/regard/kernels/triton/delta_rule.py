@@ -31,17 +31,15 @@ from regard.errors import UnsupportedError, require
 from regard.kernels.triton.aligned import aligned, missing, widened
 from regard.kernels.triton.delta_rule_backward import gradients_of
 from regard.kernels.triton.delta_rule_layout import (
-    Chunks,
     Launches,
     between,
     compiled_for,
     decays,
-    documents,
-    even,
     launches,
     strides,
-    tile,
 )
+from regard.kernels.triton.loads import tile
+from regard.kernels.triton.pieces import Pieces, documents, even
 
 
 @triton.jit
@@ -161,14 +159,14 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None,
-        chunks: Chunks, chunk: int, how: Launches,
+        pieces: Pieces, chunk: int, how: Launches,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        t, p, gates = _factors(q, k, beta, g, chunks, chunk, how)
+        t, p, gates = _factors(q, k, beta, g, pieces, chunk, how)
         batch, heads, n, _ = q.shape
         out = torch.empty(batch, n, heads, v.shape[3], dtype=v.dtype, device=v.device).transpose(1, 2)
-        final = _scan(q, k, v, t, p, gates, state, chunks, how, out=out)
+        final = _scan(q, k, v, t, p, gates, state, pieces, how, out=out)
         ctx.save_for_backward(q, k, v, beta, g, state, t, p, gates)
-        ctx.chunks, ctx.how = chunks, how
+        ctx.pieces, ctx.how = pieces, how
         ctx.set_materialize_grads(False)
         return out, final
 
@@ -176,28 +174,28 @@ class _DeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         q, k, v, beta, g, state, t, p, gates = ctx.saved_tensors
-        chunks, how = ctx.chunks, ctx.how
+        pieces, how = ctx.pieces, ctx.how
         count, heads, chunk = t.shape[:3]
         states = torch.empty(count, heads, q.shape[3], v.shape[3], dtype=q.dtype, device=q.device)
         written = torch.empty(count, heads, chunk, v.shape[3], dtype=q.dtype, device=q.device)
-        _scan(q, k, v, t, p, gates, state, chunks, how, kept=(states, written))
+        _scan(q, k, v, t, p, gates, state, pieces, how, kept=(states, written))
         dout = torch.zeros_like(v) if dout is None else dout.to(v.dtype)
         dout = aligned(dout)
-        found = gradients_of(q, k, v, beta, g, t, p, gates, states, written, dout, dfinal, chunks, how)
+        found = gradients_of(q, k, v, beta, g, t, p, gates, states, written, dout, dfinal, pieces, how)
         return *found[:5], found[5] if ctx.needs_input_grad[5] else None, None, None, None
 
 
 def _factors(
-    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, chunks: Chunks, chunk: int, how: Launches
+    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, pieces: Pieces, chunk: int, how: Launches
 ) -> tuple[Tensor, Tensor, Tensor]:
     """T, P (chunks, H, C, C) in the dtype of q and the gates (chunks, H, 3, C) float32."""
-    count, heads = chunks.table.shape[0], q.shape[1]
+    count, heads = pieces.each.shape[0], q.shape[1]
     t, p = (torch.empty(count, heads, chunk, chunk, dtype=q.dtype, device=q.device) for _ in range(2))
     gates = torch.empty(count, heads, 3, chunk, dtype=torch.float32, device=q.device)
     if count * heads:
         decay = beta if g is None else g
         factors[(count, heads)](
-            q, k, beta, decay, t, p, gates, chunks.table, *strides(q, k, beta, decay), heads, q.shape[3],
+            q, k, beta, decay, t, p, gates, pieces.each, *strides(q, k, beta, decay), heads, q.shape[3],
             LEVELS=(chunk // 16).bit_length() - 1, BD=how.factors.columns, DECAY=g is not None, MERGE=how.merge,
             num_warps=how.factors.warps, num_stages=how.factors.stages, **compiled_for(q, chunk, how),
         )  # fmt: skip
@@ -205,17 +203,17 @@ def _factors(
 
 
 def _scan(
-    q: Tensor, k: Tensor, v: Tensor, t: Tensor, p: Tensor, gates: Tensor, state: Tensor | None, chunks: Chunks,
+    q: Tensor, k: Tensor, v: Tensor, t: Tensor, p: Tensor, gates: Tensor, state: Tensor | None, pieces: Pieces,
     how: Launches, *, out: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The final states (sequences, H, Dk, Dv) float32; fills `out`, and `kept`: states and U of each chunk."""
-    (_, heads, _, rows), columns, count = q.shape, v.shape[3], chunks.sequences.shape[0]
+    (_, heads, _, rows), columns, count = q.shape, v.shape[3], pieces.table.shape[0]
     final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
     states, written = (v, v) if kept is None else kept
     if count * heads:
         scan[(triton.cdiv(columns, how.scan.columns), heads, count)](
             q, k, v, t, p, gates, v if out is None else out, final if state is None else state, final, states, written,
-            chunks.sequences, *strides(q, k, v, v if out is None else out), heads, rows, columns,
+            pieces.table, *strides(q, k, v, v if out is None else out), heads, rows, columns,
             BV=how.scan.columns, START=state is not None, OUT=out is not None, KEEP=kept is not None,
             STAGES=how.scan.stages, num_warps=how.scan.warps, num_stages=how.scan.stages,
             **compiled_for(q, t.shape[-1], how),
@@ -259,9 +257,9 @@ def delta_rule(
         raise UnsupportedError(f"Dk = {rows}: the kernels take at most 256; the torch form, any")
     how = launches(rows, v.shape[3], q.dtype) if how is None else how
     chunk = min(chunk_size, how.chunk)
-    chunks = even(batch, n, chunk, q.device) if ends is None else documents(tuple(ends), chunk, q.device)
+    pieces = even(batch, n, 1, chunk, q.device) if ends is None else documents(tuple(ends), chunk, q.device)
     columns, more = v.shape[3], (missing(rows), missing(v.shape[3]))
     q, k, v = (aligned(x) for x in (q, k, v))
     state = None if state is None else widened(state, *more)
-    out, final = _DeltaRule.apply(q, k, v, beta, log_decay, state, chunks, chunk, how)
+    out, final = _DeltaRule.apply(q, k, v, beta, log_decay, state, pieces, chunk, how)
     return (out[..., :columns], final[:, :, :rows, :columns]) if any(more) else (out, final)

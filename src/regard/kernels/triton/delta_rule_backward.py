@@ -34,14 +34,14 @@ import triton.language as tl
 from torch import Tensor
 
 from regard.kernels.triton.delta_rule_layout import (
-    Chunks,
     Launches,
     between,
     compiled_for,
     decays,
     strides,
-    tile,
 )
+from regard.kernels.triton.loads import tile
+from regard.kernels.triton.pieces import Pieces
 
 
 @triton.jit
@@ -167,21 +167,21 @@ def gradients(
 
 def gradients_of(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, t: Tensor, p: Tensor, gates: Tensor,
-    states: Tensor, written: Tensor, dout: Tensor, dfinal: Tensor | None, chunks: Chunks, how: Launches,
+    states: Tensor, written: Tensor, dout: Tensor, dfinal: Tensor | None, pieces: Pieces, how: Launches,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """dq, dk, dv, dβ, dg (None without decay) and the gradient of the first states (sequences, H, Dk, Dv) float32.
 
     T, P, gates from `factors`, states and U ("written") from `scan`, each per chunk."""
     (batch, heads, n, rows), columns, device = q.shape, v.shape[3], q.device
     count, chunk = t.shape[0], t.shape[-1]
-    sequences = chunks.sequences.shape[0]
+    sequences = pieces.table.shape[0]
     dstart = torch.empty(sequences, heads, rows, columns, dtype=torch.float32, device=device)
     dstates, dy = torch.empty_like(states), torch.empty_like(written)
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     wide = how.reverse.columns
     if sequences * heads:
         reverse_scan[(triton.cdiv(columns, wide), heads, sequences)](
-            q, k, dout, t, p, gates, dstart if dfinal is None else dfinal, dstart, dstates, dy, chunks.sequences,
+            q, k, dout, t, p, gates, dstart if dfinal is None else dfinal, dstart, dstates, dy, pieces.table,
             *strides(q, k, dout), heads, rows, columns, BV=wide, FINAL=dfinal is not None, STAGES=how.reverse.stages,
             num_warps=how.reverse.warps, num_stages=how.reverse.stages, **compiled_for(q, chunk, how),
         )  # fmt: skip
@@ -192,7 +192,7 @@ def gradients_of(
     decay = beta if g is None else g
     if count * heads:
         gradients[(count, heads, parts)](
-            q, k, v, decay, dout, gates, states, dstates, written, dy, dq, dk, dv, dbeta, dg, chunks.table,
+            q, k, v, decay, dout, gates, states, dstates, written, dy, dq, dk, dv, dbeta, dg, pieces.each,
             *strides(q, k, v, decay, dout, dq, dk, dv, dbeta), heads, rows, columns,
             BD=how.channels, BV=how.gradients.columns, DECAY=g is not None, STAGES=how.gradients.stages,
             num_warps=how.gradients.warps, num_stages=how.gradients.stages, C=chunk, PRECISION=how.products,

@@ -1,10 +1,8 @@
-"""What the delta rule's kernels share: how they are launched, which tokens form a chunk, and the decays of a chunk."""
+"""What the delta rule's kernels share: how they are launched, and the decays of a chunk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,39 +53,6 @@ def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
     return Launches(Launch(channels, 4, 1), column, column, Launch(min(wide, 32), 8, 2), channels)
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """Sequences cut into chunks, one after the other: a chunk never holds tokens of two sequences.
-
-    sequences (S, 4) int32: batch row, first token, end, number of its first chunk.
-    table (chunks, 3) int32: batch row, first token, end."""
-
-    sequences: Tensor
-    table: Tensor
-
-
-@lru_cache(maxsize=64)
-def even(batch: int, n: int, chunk: int, device: torch.device) -> Chunks:
-    """Every batch row is one sequence of n tokens."""
-    return _cut([(b, 0, n) for b in range(batch)], chunk, device)
-
-
-@lru_cache(maxsize=64)
-def documents(ends: tuple[int, ...], chunk: int, device: torch.device) -> Chunks:
-    """One row, with a sequence between each two of `ends` (0, …, N)."""
-    return _cut([(0, start, stop) for start, stop in pairwise(ends)], chunk, device)
-
-
-def _cut(spans: list[tuple[int, int, int]], chunk: int, device: torch.device) -> Chunks:
-    sequences: list[tuple[int, ...]] = []
-    table: list[tuple[int, ...]] = []
-    for row, start, stop in spans:
-        sequences.append((row, start, stop, len(table)))
-        table += [(row, at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
-    sizes = ((sequences, 4), (table, 3))
-    return Chunks(*(torch.tensor(x, dtype=torch.int32, device=device).view(-1, size) for x, size in sizes))
-
-
 def strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in x.stride()[:3]]
 
@@ -95,13 +60,6 @@ def strides(*tensors: Tensor) -> list[int]:
 def compiled_for(q: Tensor, chunk: int, how: Launches) -> dict[str, Any]:
     """The chunk, the block of keys' channels and the precision that a kernel with the whole state is compiled for."""
     return {"C": chunk, "BK": max(16, triton.next_power_of_2(q.shape[3])), "PRECISION": how.products}
-
-
-@triton.jit
-def tile(base, at, step, index, dims, end, width):
-    """Rows at + index of a matrix whose rows are `step` apart: (index, dims), zeros from row `end`, column `width`."""
-    inside = ((at + index) < end)[:, None] & (dims < width)[None]
-    return tl.load(base + at.to(tl.int64) * step + index[:, None] * step + dims[None], mask=inside, other=0.0)
 
 
 @triton.jit

@@ -48,8 +48,8 @@ def _pieces(
 @lru_cache(maxsize=64)
 def even(batch: int, n: int, split: int, chunk: int, device: torch.device) -> Pieces:
     """Every row of the batch is one sequence of n tokens, cut into at most `split` pieces of whole chunks."""
-    length = chunk * -(-n // (split * chunk))  # a whole number of chunks
-    spans = tuple((start, min(start + length, n)) for start in range(0, n, length))
+    length = chunk * max(1, -(-n // (split * chunk)))  # a whole number of chunks
+    spans = tuple((start, min(start + length, n)) for start in range(0, n, length)) or ((0, 0),)
     return _pieces([(b, *span) for b in range(batch) for span in spans], spans, chunk, device)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels of diagonal decays share."""
+"""How the kernels of recurrences load a tile of a matrix."""
 
 from __future__ import annotations
 
