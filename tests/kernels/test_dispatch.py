@@ -99,3 +99,17 @@ def test_the_reference_on_a_gpu_is_announced_once(monkeypatch: pytest.MonkeyPatc
         d._announce_expensive(Large(), "reference", [("flex", "no float64")])
     d._announce_expensive(Large(), "reference", [("flex", "no float64")])  # a second warning would be an error here
     d._announce_expensive(Large(), "sdpa", [("flex", "other")])
+
+
+@pytest.mark.parametrize(("compiling", "first"), [(False, "triton"), (True, "flex")])
+def test_on_a_gpu_what_skips_tiles_leads(monkeypatch: pytest.MonkeyPatch, compiling: bool, first: str) -> None:
+    class OnGpu:
+        is_cuda = True
+        shape = (1, 1, 1 << 13, 64)
+
+    class Large:
+        q = k = OnGpu()
+
+    monkeypatch.setattr(d.sdpa, "fused", lambda request: False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert d.preference(Large())[0][0] == first

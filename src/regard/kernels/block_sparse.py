@@ -40,6 +40,7 @@ def refuses(request: Request) -> str | None:
     return None
 
 
+@torch.compiler.disable  # its launches are Python's; torch.compile goes on around it
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) float32."""
     from regard.kernels.triton.block_sparse import LONG, LONG_ROW, SHORT, BlockSparse, launches

@@ -221,6 +221,7 @@ def _scan(
     return final
 
 
+@torch.compiler.disable  # its launches are Python's; torch.compile goes on around it
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None,
     *, ends: tuple[int, ...] | None = None, chunk_size: int = 64, how: Launches | None = None,

@@ -192,6 +192,7 @@ def _scalar_gates(change: Tensor, ends: Tensor, pieces: Pieces) -> Tensor:
     return (later[0] - (after - ends.mT.double()).repeat_interleave(stops - begins, 1))[None].float()
 
 
+@torch.compiler.disable  # its launches are Python's; torch.compile goes on around it
 def diagonal(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None,
     *, ends: tuple[int, ...] | None = None,

@@ -37,6 +37,7 @@ def _step(
     tl.store(Out + place * DV + dv, tl.sum(q[:, None] * state, 0).to(Out.dtype.element_ty), mask=dv < DV)
 
 
+@torch.compiler.disable  # its launches are Python's; torch.compile goes on around it
 def step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None, beta: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
