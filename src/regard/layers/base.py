@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard.errors import UnsupportedError, require
-from regard.patterns import Pattern
+from regard.patterns import Pattern, causal
 from regard.registry import entries
 
 Tokens = Float[Tensor, "b n c"]
@@ -99,6 +99,13 @@ class Layer(nn.Module):
             shape, wanted = tuple(key_padding.shape), tuple(source.shape[:2])
             require(shape == wanted, "key_padding", shape, f"{wanted}: (B, {name})")
             require(key_padding.dtype == torch.bool, "key_padding", key_padding.dtype, "torch.bool, True = real")
+
+    def check_causal(self, context: Tensor | None, pattern: Pattern | None) -> None:
+        """For a mechanism that is causal by nature: refuse a context and any pattern but `causal()`."""
+        if context is not None:
+            raise self.refuse("context: it mixes one sequence")
+        if pattern is not None and pattern != causal():
+            raise self.refuse(f"pattern {pattern!r}: it is causal by nature")
 
     def check_state(self, state: Any, kind: type) -> None:
         """Raise ArgumentError unless the state is None or of the kind that this layer returns."""

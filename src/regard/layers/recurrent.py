@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard.errors import require
 from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_padding
-from regard.patterns import Pattern, causal
+from regard.patterns import Pattern
 from regard.recurrence import DiagonalState, Recurrence
 
 RECURRENT: dict[str, Any] = {
@@ -79,10 +79,7 @@ class RecurrentLayer(Layer):
         state: RecurrentState | None = None,
     ) -> Output:
         """See `Layer.forward`. Causal by nature: pattern is None or `causal()`. The state is a RecurrentState."""
-        if context is not None:
-            raise self.refuse("context: it mixes one sequence")
-        if pattern is not None and pattern != causal():
-            raise self.refuse(f"pattern {pattern!r}: it is causal by nature")
+        self.check_causal(context, pattern)
         self.check_tokens(x, context, key_padding)
         self.check_state(state, RecurrentState)
         if state is not None:

@@ -79,10 +79,7 @@ class SelectiveAttentionHybrid(Layer):
         state: KVState | None = None,
     ) -> Output:
         """See `Layer.forward`. Causal by nature: pattern is None or `causal()`. aux is a Selected."""
-        if context is not None:
-            raise self.refuse("context: it mixes one sequence")
-        if pattern is not None and pattern != causal():
-            raise self.refuse(f"pattern {pattern!r}: it is causal by nature")
+        self.check_causal(context, pattern)
         self.check_tokens(x, context, key_padding)
         self.check_state(state, KVState)
         if state is not None and not self.training and self.threshold is None:

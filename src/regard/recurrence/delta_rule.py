@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.recurrence.delta import check, chunked, recurrent
-from regard.recurrence.diagonal import accumulation_dtype
-from regard.recurrence.documents import one_by_one
-from regard.recurrence.executor import Executor, fused, needs_gradient, refuses, without_triton
+from regard.recurrence.matrix_state import MatrixRecurrence
 from regard.registry import register
 
 
@@ -46,67 +44,33 @@ class DeltaState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DeltaRule:
-    """S' = e^{g_t} S_{t-1}, S_t = S' + β_t k_t (v_t − S'ᵀ k_t)ᵀ, o_t = S_tᵀ q_t.
+class DeltaRule(MatrixRecurrence):
+    """S' = e^{g_t} S_{t-1}, S_t = S' + β_t k_t (v_t − S'ᵀ k_t)ᵀ, o_t = S_tᵀ q_t. Settings: `MatrixRecurrence`."""
 
-    chunk_size: tokens worked on together by the torch form of `scan`; a tuning knob, the result does not depend on it.
-    executor: "torch", "triton" (the kernels, which choose their own chunks), or "auto": the kernels on CUDA.
-    """
+    state = DeltaState
 
-    chunk_size: int = 64
-    executor: Executor = "auto"
+    def token(self, inputs: DeltaInputs, s: Tensor) -> tuple[Tensor, Tensor]:
+        """By the definition."""
+        return recurrent(*inputs, s)
 
-    def init(self, inputs: DeltaInputs) -> DeltaState:
-        """Zeros."""
-        q, k, v = inputs.q, inputs.k, inputs.v
-        dtype = accumulation_dtype(q, k, v)
-        return DeltaState(torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype, device=q.device))
+    def chunks(self, inputs: DeltaInputs, s: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The chunked form."""
+        return chunked(*inputs, s, chunk_size=self.chunk_size)
 
-    def step(self, state: DeltaState, inputs: DeltaInputs) -> tuple[DeltaState, Tensor]:
-        """One token, inputs of length 1."""
-        if self._fused(inputs):
-            if needs_gradient(*inputs, state.s):
-                out, state = self.scan(inputs, state)
-                return state, out
-            from regard.kernels.triton.state_step import step
+    def kernel_token(self, inputs: DeltaInputs, s: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over the state."""
+        from regard.kernels.triton.state_step import step
 
-            g = check(*inputs, state.s)
-            g = None if g is None else g[..., None]
-            out, s = step(inputs.q, inputs.k, inputs.v, state.s, g, inputs.beta)
-            return DeltaState(s), out
-        out, s = recurrent(*inputs, state.s)
-        return DeltaState(s), out
+        g = check(*inputs, s)
+        return step(inputs.q, inputs.k, inputs.v, s, None if g is None else g[..., None], inputs.beta)
 
-    def scan(self, inputs: DeltaInputs, state: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
-        """The kernels, or the chunked form. Returns (out (B, H, N, Dv) in v's dtype, final state)."""
-        s = None if state is None else state.s
-        if self._fused(inputs):
-            out, s = _kernels(inputs, s, None)
-        else:
-            out, s = chunked(*inputs, s, chunk_size=self.chunk_size)
-        return out, DeltaState(s)
+    def kernels(self, inputs: DeltaInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+        """Chunks solved in parallel, then a scan."""
+        from regard.kernels.triton.delta_rule import delta_rule
 
-    def scan_documents(
-        self, inputs: DeltaInputs, cu_seqlens: Tensor, states: DeltaState | None
-    ) -> tuple[Tensor, DeltaState]:
-        """See `documents.scan_documents`, which has checked the arguments."""
-        if not self._fused(inputs):
-            return one_by_one(self, inputs, cu_seqlens.tolist(), states)
-        out, s = _kernels(inputs, None if states is None else states.s, tuple(cu_seqlens.tolist()))
-        return out, DeltaState(s)
-
-    def _fused(self, inputs: DeltaInputs) -> bool:
-        q, k, v = inputs[:3]
-        return inputs.length > 0 and fused(self.executor, q, without_triton(q) or refuses(q, k, v))
-
-
-def _kernels(inputs: DeltaInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    from regard.kernels.triton.delta_rule import delta_rule
-
-    q, k, v, beta, _ = inputs
-    g = check(*inputs, s if ends is None else None)
-    g = None if g is None else g.expand(q.shape[:3])
-    return delta_rule(q, k, v, beta, g, s, ends=ends)
+        q, k, v, beta, _ = inputs
+        g = check(*inputs, s if ends is None else None)
+        return delta_rule(q, k, v, beta, None if g is None else g.expand(q.shape[:3]), s, ends=ends)
 
 
 def _example() -> tuple[DeltaRule, DeltaInputs]:

@@ -8,9 +8,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from regard.recurrence.diagonal import accumulation_dtype, check, chunked, recurrent
-from regard.recurrence.documents import one_by_one
-from regard.recurrence.executor import MAX_DIM, Executor, fused, needs_gradient, refuses, without_triton
+from regard.recurrence.diagonal import check, chunked, recurrent
+from regard.recurrence.executor import MAX_DIM
+from regard.recurrence.matrix_state import MatrixRecurrence
 from regard.registry import register
 
 
@@ -42,71 +42,37 @@ class DiagonalState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DiagonalDecay:
-    """S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t, for any log decay g ≤ 0.
+class DiagonalDecay(MatrixRecurrence):
+    """S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t, for any log decay g ≤ 0. Settings: `MatrixRecurrence`."""
 
-    chunk_size: tokens worked on together by the torch form of `scan`; a tuning knob, the result does not depend on it.
-    executor: "torch", "triton" (the kernels, which choose their own chunks), or "auto": the kernels on CUDA.
-    """
+    state = DiagonalState
 
-    chunk_size: int = 64
-    executor: Executor = "auto"
+    def token(self, inputs: DiagonalInputs, s: Tensor) -> tuple[Tensor, Tensor]:
+        """By the definition."""
+        return recurrent(*inputs, s)
 
-    def init(self, inputs: DiagonalInputs) -> DiagonalState:
-        """Zeros."""
-        q, k, v = inputs.q, inputs.k, inputs.v
-        dtype = accumulation_dtype(q, k, v)
-        return DiagonalState(torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype, device=q.device))
+    def chunks(self, inputs: DiagonalInputs, s: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The chunked form."""
+        return chunked(*inputs, s, chunk_size=self.chunk_size)
 
-    def step(self, state: DiagonalState, inputs: DiagonalInputs) -> tuple[DiagonalState, Tensor]:
-        """One token, inputs of length 1."""
-        if self._fused(inputs):
-            if needs_gradient(*inputs, state.s):
-                out, state = self.scan(inputs, state)
-                return state, out
-            from regard.kernels.triton.state_step import step
+    def kernel_token(self, inputs: DiagonalInputs, s: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over the state."""
+        from regard.kernels.triton.state_step import step
 
-            g = check(*inputs, state.s)
-            out, s = step(inputs.q, inputs.k, inputs.v, state.s, g)
-            return DiagonalState(s), out
-        out, s = recurrent(*inputs, state.s)
-        return DiagonalState(s), out
+        return step(inputs.q, inputs.k, inputs.v, s, check(*inputs, s))
 
-    def scan(self, inputs: DiagonalInputs, state: DiagonalState | None = None) -> tuple[Tensor, DiagonalState]:
-        """The kernels, or the chunked form. Returns (out (B, H, N, Dv) in v's dtype, final state)."""
-        s = None if state is None else state.s
-        if self._fused(inputs):
-            out, s = _kernels(inputs, s, None)
-        else:
-            out, s = chunked(*inputs, s, chunk_size=self.chunk_size)
-        return out, DiagonalState(s)
+    def kernels(self, inputs: DiagonalInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+        """The values' columns do not see one another: more than the kernels take go in parts."""
+        from regard.kernels.triton.diagonal import diagonal
 
-    def scan_documents(
-        self, inputs: DiagonalInputs, cu_seqlens: Tensor, states: DiagonalState | None
-    ) -> tuple[Tensor, DiagonalState]:
-        """See `documents.scan_documents`, which has checked the arguments."""
-        if not self._fused(inputs):
-            return one_by_one(self, inputs, cu_seqlens.tolist(), states)
-        out, s = _kernels(inputs, None if states is None else states.s, tuple(cu_seqlens.tolist()))
-        return out, DiagonalState(s)
-
-    def _fused(self, inputs: DiagonalInputs) -> bool:
         q, k, v, _ = inputs
-        return inputs.length > 0 and fused(self.executor, q, without_triton(q) or refuses(q, k, v))
-
-
-def _kernels(inputs: DiagonalInputs, s: Tensor | None, ends: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """The values' columns do not see one another: more than the kernels take go in parts."""
-    from regard.kernels.triton.diagonal import diagonal
-
-    q, k, v, _ = inputs
-    g = check(*inputs, s if ends is None else None)
-    parts = v.split(MAX_DIM, -1)
-    states = [None] * len(parts) if s is None else s.split(MAX_DIM, -1)
-    done = [diagonal(q, k, part, g, state, ends=ends) for part, state in zip(parts, states, strict=True)]
-    if len(done) == 1:
-        return done[0]
-    return torch.cat([out for out, _ in done], -1), torch.cat([state for _, state in done], -1)
+        g = check(*inputs, s if ends is None else None)
+        parts = v.split(MAX_DIM, -1)
+        states = [None] * len(parts) if s is None else s.split(MAX_DIM, -1)
+        done = [diagonal(q, k, part, g, state, ends=ends) for part, state in zip(parts, states, strict=True)]
+        if len(done) == 1:
+            return done[0]
+        return torch.cat([out for out, _ in done], -1), torch.cat([state for _, state in done], -1)
 
 
 def _example() -> tuple[DiagonalDecay, DiagonalInputs]:
