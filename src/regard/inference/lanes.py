@@ -70,7 +70,8 @@ class Group:
     """Lanes of one capacity. Lengths are known on the host and replaced, never changed, so they may be handed out.
 
     lanes (G,) long on the CPU, ascending: row · H + head. lanes_there, rows, heads, order (0 … G−1): the same
-    on the device.
+    on the device. hole: the slot below `longest` + 1 that holds no entry, of every lane (int) or of each (G,) on the
+    device; None = entries fill the slots below their lane's length. Only complete groups of one length have holes.
     """
 
     def __init__(self, content: Content, lanes: Tensor, lengths: Tensor, heads: int, complete: bool) -> None:
@@ -80,7 +81,9 @@ class Group:
         self.rows, self.heads = self.lanes_there // heads, self.lanes_there % heads
         self.order = torch.arange(len(lanes), device=device)
         self._shape = (len(lanes) // heads, heads, self.capacity)
+        self.hole: int | Tensor | None = None
         self._by_row: Content | None = None
+        self._flat: Content | None = None
         self._frames: tuple[tuple[Tensor, tuple[int, ...], int, int], ...] | None = None
         self._holders: WeakSet[Group] | None = None
         self.set_lengths(lengths)
@@ -128,6 +131,14 @@ class Group:
                 self._by_row = Content(*(x.view(*self._shape, *x.shape[2:]) for x in self.content))
         return self._by_row
 
+    @property
+    def flat(self) -> Content:
+        """The content as (G · C, …), without a copy."""
+        if self._flat is None:
+            with plain_tensors():
+                self._flat = Content(*(x.view(-1, *x.shape[2:]) for x in self.content))
+        return self._flat
+
     def cut(self, start: int, n: int) -> tuple[Tensor, Tensor]:
         """k (B, H, n, Dk) and v (B, H, n, Dv) of a complete group's slots from `start` on, without a copy.
 
@@ -158,6 +169,29 @@ class Group:
         self._ahead = NEVER
         held.narrow(2, start, new).copy_(positions.unsqueeze(1))
 
+    def open(self, hole: int | Tensor) -> None:
+        """These slots hold no entry from now on."""
+        self.hole, self._ahead = hole, NEVER
+
+    def fill(self, k: Tensor, v: Tensor, positions: Tensor, first: int | None) -> None:
+        """Put one token into every lane's hole: k (B, H, 1, Dk), v (B, H, 1, Dv), positions (B, 1); first as above."""
+        hole, self.hole = self.hole, None
+        if isinstance(hole, int):
+            to_k, to_v = self.cut(hole, 1)
+            to_k.copy_(k)
+            to_v.copy_(v)
+            self.number(hole, positions, first)
+            return
+        assert hole is not None
+        slot, flat = self.order * self.capacity + hole, self.flat
+        flat.k.index_copy_(0, slot, k.reshape(-1, k.shape[3]))
+        flat.v.index_copy_(0, slot, v.reshape(-1, v.shape[3]))
+        if first is not None:
+            flat.positions.index_fill_(0, slot, first)
+        else:
+            each = positions.to(torch.int32).expand(self._shape[:2])
+            flat.positions.index_copy_(0, slot, each.reshape(-1))
+
     def absent(self) -> Tensor:
         """bool (G, longest): slots beyond their lane's length."""
         return torch.arange(self.longest, device=self.order.device) >= self.lengths_there[:, None]
@@ -179,7 +213,8 @@ class Group:
         if len(self._holders) > 1:
             self._holders.discard(self)
             with plain_tensors():
-                self.content, self._by_row, self._frames = Content(*(x.clone() for x in self.content)), None, None
+                self.content = Content(*(x.clone() for x in self.content))
+            self._by_row = self._flat = self._frames = None
         self._holders = None
 
 

@@ -3,7 +3,9 @@
 Lanes of one capacity share one tensor. Capacities are whole pages of 64 tokens and never exceed a lane's length by more
 than one page, so what is held is at most the payload plus a page a lane, whatever happened before. When all lanes are
 equally long they are one group in row-major order: a decoded token is then written in place by two copies (positions
-are written a page at a time) and attention reads views. Lengths live on the host: asking never waits for the device.
+are written a page at a time) and attention reads views. Where every lane loses an entry at each token, the next token
+takes its slot (`slide`, `vacate`): nothing moves until someone else reads. Lengths live on the host: asking never waits
+for the device.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class RaggedKV:
         self.batch, self.heads, self.key_dim, self.value_dim = batch, heads, key_dim, value_dim
         self.dtype, self.device = dtype, torch.empty(0, device=device).device
         self._sorted = True  # every lane's slots are in order of position
+        self._ring: tuple[int, int] | None = None  # (n, oldest): so they are when from slot n on one begins at `oldest`
         self._lengths: Tensor | None = None
         lanes = torch.arange(batch * heads)
         with plain_tensors():
@@ -74,6 +77,12 @@ class RaggedKV:
         held = (t for g in self._groups for t in (g.content.k, g.content.v))
         return sum(t.untyped_storage().nbytes() for t in held)
 
+    @property
+    def uniform(self) -> int | None:
+        """The length of all lanes, if they have one."""
+        first = self._groups[0]
+        return first.uniform if first.complete else None
+
     def append(
         self, k: Tensor, v: Tensor, positions: Tensor, real: Tensor | None = None, first: int | None = None
     ) -> None:
@@ -96,7 +105,14 @@ class RaggedKV:
         self._lengths = None
 
     def _append_all(self, k: Tensor, v: Tensor, positions: Tensor, first: int | None) -> None:
-        new = k.shape[2]
+        new, first_group = k.shape[2], self._groups[0]
+        if first_group.hole is not None and new == 1:
+            first_group.own()
+            first_group.fill(k, v, positions, first)
+            first_group.grow(1)
+            return
+        self._settle()
+        self._ring = None
         if any(g.longest + new > g.capacity for g in self._groups):
             self._regroup(self._fitting(self.lengths.view(-1) + new))
         for group in self._groups:
@@ -117,6 +133,7 @@ class RaggedKV:
             group.grow(new)
 
     def _append_real(self, k: Tensor, v: Tensor, positions: Tensor, real: Tensor) -> None:
+        self._settle()
         counts = real.sum(1).repeat_interleave(self.heads)
         self._regroup(self._fitting(self.lengths.view(-1) + counts))
         tokens = (~real).to(torch.int8).argsort(dim=1, stable=True)  # (B, N): the real ones first, in order
@@ -140,6 +157,7 @@ class RaggedKV:
 
     def groups(self) -> list[LaneGroup]:
         """All lanes by capacity: what attention over the store reads. Lanes without entries are included."""
+        self._settle()
         return [
             LaneGroup(
                 k=g.content.k,
@@ -161,6 +179,7 @@ class RaggedKV:
 
     def side_by_side(self) -> tuple[Tensor, Tensor] | None:
         """k (B, H, L, Dk), v (B, H, L, Dv) in storage order, without a copy; None unless all lanes have one length."""
+        self._settle()
         group = self._groups[0]
         return group.cut(0, group.longest) if group.complete and group.uniform is not None else None
 
@@ -186,11 +205,13 @@ class RaggedKV:
     def _side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:
         if (view := self.uniform_view()) is not None:
             return view[0], view[1], view[2].long()
+        self._settle()
         k = self._spread([g.content.k for g in self._groups], 0)
         v = self._spread([g.content.v for g in self._groups], 0)
         return k, v, self._positions()
 
     def _positions(self) -> Tensor:
+        self._settle()
         return self._spread([g.content.positions for g in self._groups], -1).long()
 
     def _spread(self, parts: list[Tensor], absent: int) -> Tensor:
@@ -242,6 +263,8 @@ class RaggedKV:
             require(fits, "slot", here.tolist(), f"−1 or a slot below the lane's length, {self.lengths.tolist()}")
             active = here >= 0
         require(active.shape == lanes, "active", shape_of(active), f"a shape {lanes}")
+        self._settle()
+        self._ring = None
         everyone = bool(active.all())
         held = all(g.shortest > 0 for g in self._groups) or bool((self.lengths > 0)[active].all())
         require(held, "active", active.tolist(), "lanes that hold entries")
@@ -261,6 +284,69 @@ class RaggedKV:
             self._sorted = False
         self._lengths = None
         self._release()
+
+    def slide(self, n: int) -> None:
+        """Every lane loses the oldest of its entries but the first n, in place: the next token takes its slot.
+
+        Raises ArgumentError unless all lanes have one length and more than n entries. Nothing waits for the device.
+        """
+        group = self._alike("n", n)
+        require(0 <= n < group.longest, "n", n, "0 or more, and fewer than the entries of a lane")
+        if self._ring is None or self._ring[0] != n or group.hole is not None:
+            if not self._sorted or group.hole is not None:
+                self._order()
+                group = self._groups[0]
+            self._ring = (n, n)
+        oldest, slots = self._ring[1], group.longest
+        self._vacate(group, oldest)
+        if self._groups[0] is group:
+            self._ring = (n, n if oldest + 1 == slots else oldest + 1)
+
+    def vacate(self, slot: Tensor) -> None:
+        """Every lane loses one entry, in place: the next token takes its slot.
+
+        slot (B, H) long: a slot of `padded(sort=False)`; not looked at, so that nothing waits for the device. Raises
+        ArgumentError unless all lanes have one length, at least 1.
+        """
+        require(slot.shape == (self.batch, self.heads), "slot", shape_of(slot), f"a shape {(self.batch, self.heads)}")
+        self._settle()
+        group = self._alike("slot", shape_of(slot))
+        self._ring = None
+        self._vacate(group, slot.reshape(-1))
+
+    def _alike(self, argument: str, got: object) -> Group:
+        if not self.uniform:
+            allowed = "a store whose lanes all have one length, at least 1"
+            raise ArgumentError(argument, f"{got} for lanes of {self.lengths.tolist()}", allowed)
+        return self._groups[0]
+
+    def _vacate(self, group: Group, slot: int | Tensor) -> None:
+        group.open(slot)
+        group.grow(-1)
+        self._sorted, self._lengths = False, None
+        if group.capacity - group.longest > PAGE:
+            self._settle()
+            self._release()
+
+    def _settle(self) -> None:
+        """Close the holes that no token has filled, before anyone reads or moves slots."""
+        if self._groups[0].hole is not None:
+            self._order()
+
+    def _order(self) -> None:
+        """Put the slots of lanes that are all alike in order of position, without holes."""
+        group = self._groups[0]
+        length, hole = group.longest, group.hole
+        held = group.content.positions[:, : length + (hole is not None)]
+        if hole is not None:
+            slot = torch.arange(held.shape[1], device=self.device)
+            held = held.masked_fill(slot == (hole if isinstance(hole, int) else hole[:, None]), -1)
+        slots = position_order(held)[:, :length]
+        with plain_tensors():
+            content = self._empty(len(group.lanes), group.capacity)
+            content.write(slice(None), slice(0, length), group.content.at(group.order[:, None], slots))
+            self._groups = [self._group(content, group.lanes, group.lengths)]
+        self._sorted, self._ring = True, None
 
     def crop(self, limit: Tensor) -> None:
         """Remove the entries whose position is at least limit[b]; limit (B,) long. Waits for the device."""
@@ -300,7 +386,10 @@ class RaggedKV:
         with plain_tensors():
             if alike:
                 lanes = torch.arange(len(source))
-                groups.append(self._group(first.content.at(source), lanes, torch.full_like(lanes, first.longest)))
+                moved = self._group(first.content.at(source), lanes, torch.full_like(lanes, first.longest))
+                if first.hole is not None:
+                    moved.open(first.hole if isinstance(first.hole, int) else first.hole[source])
+                groups.append(moved)
             else:
                 for group in self._groups:
                     place = torch.full((before * self.heads,), -1)
@@ -368,6 +457,7 @@ class RaggedKV:
 
     def _regroup(self, capacities: Tensor, lengths: Tensor | None = None, slots: Tensor | None = None) -> None:
         """Move every lane to the group of its capacity; it takes the first `lengths` of `slots` (lanes, any) along."""
+        self._settle()
         after = self.lengths.view(-1) if lengths is None else lengths
         groups = []
         with plain_tensors():
@@ -380,7 +470,7 @@ class RaggedKV:
                         carry(old, content, lanes, after, slots)
                     same = self._group(content, lanes, after[lanes])
                 groups.append(same)
-        self._groups, self._lengths = groups, None
+        self._groups, self._lengths, self._ring = groups, None, None
 
     def _there(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
