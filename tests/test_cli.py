@@ -58,6 +58,15 @@ def test_show_and_its_picture(run: Any, tmp_path: Path) -> None:
     assert code == 0 and "<svg" in picture.read_text() and str(picture) in out
 
 
+def test_every_pattern_can_be_drawn(run: Any, tmp_path: Path) -> None:
+    """Each at a length that its example has."""
+    pytest.importorskip("matplotlib")
+    for entry in regard.list("pattern"):
+        code, _, error = run("show", entry.key, "--out", str(tmp_path / f"{entry.key}.png"))
+        assert code == 0, error
+        assert (tmp_path / f"{entry.key}.png").stat().st_size > 3000
+
+
 def test_plan(run: Any) -> None:
     code, out, _ = run("plan", "cache=snapkv(budget=512)")
     assert code == 0 and "snapkv(budget=512)" in out and json.loads(out[out.index("{") :])["regard_plan"] == 1
@@ -65,7 +74,7 @@ def test_plan(run: Any) -> None:
 
 def test_evidence_list_and_table(run: Any) -> None:
     code, out, _ = run("evidence", "list")
-    assert code == 0 and "snapkv" in out
+    assert code == 0 and "snapkv" in out and "later: " in out
     code, out, _ = run("evidence", "table")
     assert code == 0 and "|" in out
 

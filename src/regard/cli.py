@@ -248,12 +248,14 @@ def heads(
 
 @evidence_app.command("list")
 def evidence_list() -> None:
-    """The claims."""
+    """The claims; "later" where one cannot be measured yet."""
     from regard import evidence
 
-    table = Table("id", "paper", "claim", box=None, padding=(0, 2, 0, 0))
-    for claim in evidence.entries():
-        table.add_row(Text(claim.id, style="bold"), Text(str(claim.paper)), Text(claim.statement))
+    table = Table("id", "needs", "paper", "claim", box=None, padding=(0, 2, 0, 0))
+    entries: list[evidence.Claim | evidence.Later] = [*evidence.entries(), *evidence.postponed()]
+    for claim in sorted(entries, key=lambda entry: entry.id):
+        needs = f"later: {claim.needs}" if isinstance(claim, evidence.Later) else claim.needs
+        table.add_row(Text(claim.id, style="bold"), Text(needs), Text(str(claim.paper)), Text(claim.statement))
     Console().print(table)
 
 
@@ -329,7 +331,7 @@ def _draw(key: str, out: Path) -> None:
     entry = lookup("pattern", key)
     made = (entry.example or entry.factory)()
     try:
-        made.show(32, path=out)
+        made.show(made.extent or 32, path=out)
     except (OSError, ValueError) as error:  # no such folder, or an ending that is no kind of picture
         raise ArgumentError("out", str(out), f"a picture file, such as .png, that can be written ({error})") from error
 

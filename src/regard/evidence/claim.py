@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, get_args
 
-from regard.errors import ArgumentError, UnknownNameError, require
+from regard.errors import ArgumentError, UnknownNameError, UnsupportedError, require
 from regard.registry import Paper, import_all
 
 Verdict = Literal["reproduced", "partly", "not reproduced"]
@@ -71,7 +71,22 @@ class Claim:
     measure: Callable[[Settings], Measured]
 
 
+@dataclass(frozen=True)
+class Later:
+    """A claim that nobody can measure here yet: it has no measurement, and no verdict.
+
+    needs: what is missing, most often the training of a task's model.
+    """
+
+    id: str
+    paper: Paper
+    statement: str
+    figure: str
+    needs: str
+
+
 _CLAIMS: dict[str, Claim] = {}
+_LATER: dict[str, Later] = {}
 
 
 def claim(
@@ -87,30 +102,59 @@ def claim(
     minutes: float,
 ) -> Callable[[Callable[[Settings], Measured]], Callable[[Settings], Measured]]:
     """Decorator: the function measures this claim. `id` is PAPER/WHAT. Raises ArgumentError when the id is taken."""
-    if paper is None:
-        raise ArgumentError("paper", None, "the paper whose claim it is")
-    require(id.count("/") == 1 and id.replace("/", "").replace("-", "").isalnum(), "id", id, "PAPER/WHAT, of a-z 0-9 -")
+    paper = _checked(id, paper)
     require(needs in get_args(Need), "needs", needs, ", ".join(get_args(Need)))
 
     def add(measure: Callable[[Settings], Measured]) -> Callable[[Settings], Measured]:
         held = _CLAIMS.get(id)
-        require(held is None or held.measure.__module__ == measure.__module__, "id", id, "an id not yet taken")
+        free = held is None or held.measure.__module__ == measure.__module__
+        require(free and id not in _LATER, "id", id, "an id not yet taken")
         _CLAIMS[id] = Claim(id, paper, statement, figure, measurement, unit, tolerance, needs, minutes, measure)
         return measure
 
     return add
 
 
+def later(id: str, *, paper: Paper | None, statement: str, figure: str, needs: str) -> None:
+    """Write down a claim that waits for something: it is listed, and refused when it is to be run.
+
+    Raises ArgumentError for an id that is taken, or where nothing is said of what it needs.
+    """
+    entry = Later(id, _checked(id, paper), statement, figure, needs)
+    require(bool(needs.strip()), "needs", repr(needs), "what the measurement waits for")
+    require(id not in _CLAIMS and _LATER.get(id, entry) == entry, "id", id, "an id not yet taken")
+    _LATER[id] = entry
+
+
+def _checked(id: str, paper: Paper | None) -> Paper:
+    if paper is None:
+        raise ArgumentError("paper", None, "the paper whose claim it is")
+    require(id.count("/") == 1 and id.replace("/", "").replace("-", "").isalnum(), "id", id, "PAPER/WHAT, of a-z 0-9 -")
+    return paper
+
+
 def all_claims(*, needs: Need | None = None) -> list[Claim]:
-    """Every claim, by id; with `needs`, those of that need only."""
-    package = import_module("regard.evidence.claims")
-    import_all(package.__name__, package.__path__)
+    """Every claim that can be measured, by id; with `needs`, those of that need only."""
+    _import()
     return [_CLAIMS[id] for id in sorted(_CLAIMS) if needs in (None, _CLAIMS[id].needs)]
 
 
+def all_later() -> list[Later]:
+    """Every claim that waits, by id."""
+    _import()
+    return [_LATER[id] for id in sorted(_LATER)]
+
+
 def find(id: str) -> Claim:
-    """The claim of that id; UnknownNameError with the nearest ids otherwise."""
-    for entry in all_claims():
-        if entry.id == id:
-            return entry
-    raise UnknownNameError("claim", id, _CLAIMS)
+    """The claim of that id; UnknownNameError with the nearest ids otherwise, UnsupportedError for one that waits."""
+    _import()
+    if id in _LATER:
+        raise UnsupportedError(f"claim {id} is for later: it needs {_LATER[id].needs}")
+    if id not in _CLAIMS:
+        raise UnknownNameError("claim", id, [*_CLAIMS, *_LATER])
+    return _CLAIMS[id]
+
+
+def _import() -> None:
+    package = import_module("regard.evidence.claims")
+    import_all(package.__name__, package.__path__)

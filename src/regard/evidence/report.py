@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regard.evidence.claim import Claim, all_claims
+from regard.evidence.claim import Claim, Later, all_claims, all_later
 from regard.evidence.record import RESULTS, Record, read
 
 HEAD = """# Evidence
@@ -12,18 +12,21 @@ HEAD = """# Evidence
 What papers claim, measured again by `regard evidence run ID`. This page is generated (`make docs`) from the records in
 `src/regard/evidence/results/`, which hold every figure, the machine and the versions. The tolerance is part of the
 claim's code and was written before the measurement. A verdict speaks of the setting measured here, which is often far
-smaller than the paper's.
+smaller than the paper's. "later" stands where a claim waits, most often for the training of its task's model: nothing
+is measured, and nothing is said of whether it holds.
 """
 
 
 def table(folder: Path = RESULTS) -> str:
     """Markdown: the verdicts in one table, then each claim with its figures."""
     records = read(folder)
-    claims = all_claims()
+    claims: list[Claim | Later] = sorted([*all_claims(), *all_later()], key=lambda entry: entry.id)
     rows = ["| claim | verdict | measured | why |", "|---|---|---|---|"]
     for entry in claims:
         record = records.get(entry.id)
-        if record is None:
+        if isinstance(entry, Later):
+            rows.append(f"| {_link(entry)} | later | | needs {_cell(entry.needs)} |")
+        elif record is None:
             rows.append(f"| {_link(entry)} | not run | | needs {entry.needs}, about {entry.minutes:g} min |")
         else:
             m = record.measured
@@ -31,7 +34,7 @@ def table(folder: Path = RESULTS) -> str:
     return "\n".join([HEAD, *rows, "", *(_section(entry, records.get(entry.id)) for entry in claims)])
 
 
-def _section(entry: Claim, record: Record | None) -> str:
+def _section(entry: Claim | Later, record: Record | None) -> str:
     lines = [
         f"## {entry.id}",
         "",
@@ -39,9 +42,10 @@ def _section(entry: Claim, record: Record | None) -> str:
         "",
         f"- claim: {entry.statement}",
         f"- their figure: {entry.figure}",
-        f"- measured here: {entry.measurement}",
-        f"- reproduced when: {entry.tolerance}",
     ]
+    if isinstance(entry, Later):
+        return "\n".join([*lines, f"- for later: needs {entry.needs}", ""])
+    lines += [f"- measured here: {entry.measurement}", f"- reproduced when: {entry.tolerance}"]
     if record is None:
         lines.append("- verdict: not run")
     else:
@@ -58,7 +62,7 @@ def _section(entry: Claim, record: Record | None) -> str:
     return "\n".join([*lines, ""])
 
 
-def _link(entry: Claim) -> str:
+def _link(entry: Claim | Later) -> str:
     return f"[{entry.id}](#{entry.id.replace('/', '')})"
 
 

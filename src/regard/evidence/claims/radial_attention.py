@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from regard.attend import attend
-from regard.evidence.claim import Measured, Settings, claim, verdict
+from regard.evidence.claim import Measured, Settings, claim, later, verdict
 from regard.evidence.sparse_speed import dense_ms, heads, sparse_ms
 from regard.patterns import Pattern, halonet, radial_attention, sliding_window
 from regard.patterns.radial import RADIAL, radial_blocks
@@ -100,3 +100,12 @@ def _error(logits: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> float:
 
     dense = attend(nothing, nothing, v, score=score)
     return float((attend(nothing, nothing, v, pattern=pattern, score=score) - dense).norm() / dense.norm())
+
+
+later(
+    "radial-attention/video-quality",
+    paper=RADIAL,
+    statement="video of default length is as good as with dense attention, and longer video after a short tuning",
+    figure="1.9 × faster at default length, 3.7 × at four times the length, at equal quality",
+    needs="a pretrained video diffusion transformer, and its tuning with LoRA for longer video",
+)
