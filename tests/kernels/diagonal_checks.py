@@ -131,7 +131,11 @@ def small() -> None:
     for kind in ("none", "scalar", "channel"):
         expect(exact, errors(kind, 75, (16, 16), torch.float32, ends=(0, 1, 34, 75)), kind, "documents")
         expect(exact, errors(kind, 40, (16, 16), torch.float32, carried=False), kind, "no state")
-        expect(exact, errors(kind, 100, (16, 16), torch.float32, batch=1), kind, "cut")
+        expect(exact, errors(kind, 200, (16, 16), torch.float32, batch=1), kind, "cut")
+        expect(exact, errors(kind, 130, (16, 24), torch.float32, batch=2, heads=1, carried=False), kind, "cut")
+    kernels.WHOLE = 256  # pieces of several chunks, of which the first are forgotten by the end
+    for kind in ("scalar strong", "scalar extreme", "channel strong"):
+        expect(exact, errors(kind, 384, (16, 16), torch.float32, batch=1, heads=1), kind, "cut")
 
 
 DTYPES = {"float32": (torch.float32, 1e-4), "bfloat16": (torch.bfloat16, 0.02), "float16": (torch.float16, 0.02)}

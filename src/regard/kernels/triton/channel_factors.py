@@ -1,17 +1,20 @@
 """A diagonal decay per channel, within a chunk: all that does not depend on the state, for any decay ≤ 0.
 
-Every exponent here is a sum of log decays, never a difference, so none is above 0 and −inf needs no care. For pairs of
-tokens i > j that lie in neighbouring halves of a block (of 2, 4, …, C tokens), the middle m between the halves is the
-reference,
+Wanted is P_ij = Σ_d q_id k_jd e^{b_id − b_jd} for i > j, b the running sum of the log decays, as products of matrices.
 
-    e^{b_i − b_j} = e^{b_i − b_m} e^{b_m − b_j} ,      b: running sum of the log decays
+Within a block whose decays are mild, the reference is its middle m, for both halves:
 
-both factors at most 1. Each pair belongs to one size of block, and so P_ij = Σ_d q_id k_jd e^{b_id − b_jd} is, size by
-size, X Xᵀ for the pairs of that size, where X has q e^{b_i − b_m} in the later halves and k e^{b_m − b_j} in the
+    e^{b_i − b_j} = e^{b_i − b_m} e^{b_m − b_j}
+
+The factors are above 1 for some tokens, and no more than 2^{LIMIT}. The largest such blocks (of 1, 2, 4, … C tokens)
+are chosen by what the decays are: for most models one block is the whole chunk. Pairs of larger blocks, in
+neighbouring halves of one, have the middle between the halves as reference, both factors at most 1, and are added size
+by size: X Xᵀ for the pairs of that size, where X has q e^{b_i − b_m} in the later halves and k e^{b_m − b_j} in the
 earlier.
 
-The sums are products with matrices of 0 and 1 (`segments`). For products in half precision the log decay is split into
-two bfloat16 numbers, 16 bits of mantissa. In base 2 it counts as −160 at least: 2^−160 is zero in float32.
+Every exponent is a sum of log decays, never a difference, so −inf needs no care. The sums are products with matrices of
+0 and 1 (`segments`). For products in half precision the log decay is split into two bfloat16 numbers, 16 bits of
+mantissa. In base 2 it counts as −160 at least: 2^−160 is zero in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from regard.kernels.triton.loads import tile
+
+
+def limit(dtype: torch.dtype) -> float:
+    """LIMIT, in base 2: float16 has no room for factors above 1, the others have 127."""
+    return 0.0 if dtype == torch.float16 else 60.0
 
 
 @lru_cache(maxsize=8)
@@ -74,17 +82,36 @@ def sums(weights, high, low, EXACT: tl.constexpr):
 
 
 @triton.jit
+def mild(steepest, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
+    """The largest l ≤ LEVELS for which 2^{l − 1} tokens decay by LIMIT at most, if none by more than `steepest`."""
+    level = tl.floor(tl.log2(LIMIT / tl.maximum(steepest, 1e-30))) + 1.0
+    return tl.minimum(tl.maximum(level, 0.0), LEVELS).to(tl.int32)
+
+
+@triton.jit
+def from_middle(segments, index, level, high, low, C: tl.constexpr, EXACT: tl.constexpr):
+    """(weights, sign, b_i − b_m) for the middles m of blocks of 2^level tokens; b_i − b_m = sign · weights · g.
+
+    segments: where the first of them lies."""
+    half = tl.maximum(level - 1, 0)
+    weights = tl.load(segments + half * (C * C) + index[:, None] * C + tl.arange(0, C)[None])
+    sign = tl.where(level == 0, 0.0, tl.where(later_half(index, half), 1.0, -1.0))[:, None]
+    return weights, sign, sign * sums(weights, high, low, EXACT)
+
+
+@triton.jit
 def channel_factors(
-    Q, K, G, Factors, Kept, P, Segments, Table,
+    Q, K, G, Factors, Kept, Steep, P, Segments, Table,
     sqb, sqh, sqn, skb, skh, skn, sgb, sgh, sgn, sf, heads, DK,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head, C = 2^LEVELS tokens, BD channels at a time.
 
-    Factors (2, chunks, H, C, BK), parts sf apart: q e^{b} and k e^{b_C − b}; Kept = e^{b_C} (chunks, H, BK) float32
-    and P (chunks, H, C, C), zeros where there are no tokens or channels; Segments as `segments` makes it; Table
-    (chunks, 3): batch row, first token, end."""
+    Factors (2, chunks, H, C, BK), parts sf apart: q e^{b} and k e^{b_C − b}; Kept = e^{b_C} (chunks, H, BK) float32,
+    Steep (chunks, H, BK) float32, the largest decay of a token, or 0 where the whole chunk decays by LIMIT at most, and
+    P (chunks, H, C, C), zeros where there are no tokens or channels; Segments as `segments` makes it; Table (chunks,
+    3): batch row, first token, end."""
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = tl.load(Table + chunk * 3).to(tl.int64)
     at, end = tl.load(Table + chunk * 3 + 1), tl.load(Table + chunk * 3 + 2)
@@ -104,9 +131,17 @@ def channel_factors(
             weights = tl.load(Segments + (LEVELS + side) * (C * C) + square)
             x = tl.where(side == 1, q, k) * tl.exp2(sums(weights, high, low, EXACT))
             tl.store(there + (1 - side) * sf, x.to(q.dtype))
-        tl.store(Kept + place * BK + dims, tl.exp2(tl.sum(g, 0)))
+        total = tl.sum(-g, 0)
+        steep = tl.where(total <= LIMIT, 0.0, tl.max(-g, 0))
+        tl.store(Kept + place * BK + dims, tl.exp2(-total))
+        tl.store(Steep + place * BK + dims, steep)
         own += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        for level in tl.range(0, LEVELS, num_stages=1):
+        block = mild(tl.max(steep, 0), LEVELS, LIMIT)
+        _, _, e = from_middle(Segments, c, block, high, low, C, EXACT)
+        reads, writes = (q * tl.exp2(e)).to(q.dtype), (k * tl.exp2(-e)).to(q.dtype)
+        pairs = tl.dot(reads, tl.trans(writes), input_precision=PRECISION)
+        p += tl.where((i >> block) == (j >> block), pairs, 0.0)  # those with i ≤ j, which may not be finite, go below
+        for level in tl.range(block, LEVELS, num_stages=1):
             x = tl.exp2(sums(tl.load(Segments + level * (C * C) + square), high, low, EXACT))
             x = (tl.where(later_half(i, level), q, k) * x).to(q.dtype)
             pairs = tl.dot(x, tl.trans(x), input_precision=PRECISION)

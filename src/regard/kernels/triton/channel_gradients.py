@@ -1,13 +1,15 @@
 """The gradients of q, k and the log decays where a chunk's states are known (`channel_scan`), parallel over chunks.
 
-With S the state before a chunk, dS the gradient of that after it, dP = tril(dO Vᵀ), and X, of each size of block, the
-tokens scaled towards the middle of their block (`channel_factors`):
+With S the state before a chunk, dS the gradient of that after it, dP = tril(dO Vᵀ), and E the exponents that
+`channel_factors` scales tokens by,
 
     dq = e^{b} ⊙ (dO Sᵀ) + …        dk = e^{b_C − b} ⊙ (V dSᵀ) + …
 
-where the rest is, size by size, e^{E} ⊙ (D X): D = dP + dPᵀ for the pairs of that size, E the exponents in X. Its later
-halves are of dq, the earlier of dk. Every exponent is a sum M g of log decays with M of 0 and 1, so its gradient, the
-product of what was scaled and of the gradient of that, goes to g by Mᵀ: no long sums are ever subtracted.
+where the rest is, from the blocks with mild decays, dP within them, e^{E} ⊙ dP (e^{−E} ⊙ k) and
+e^{−E} ⊙ dPᵀ (e^{E} ⊙ q), and from larger ones, size by size, e^{E} ⊙ (D X): D = dP + dPᵀ for the pairs of that size, X
+the tokens scaled towards the middle of their block. Its later halves are of dq, the earlier of dk. Every exponent is a
+sum ±M g of log decays with M of 0 and 1, so its gradient, the product of what was scaled and of the gradient of that,
+goes to g by ±Mᵀ: no sums longer than half a block are ever subtracted.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regard.kernels.triton.channel_factors import apart, later_half, log_decays, split, sums
+from regard.kernels.triton.channel_factors import apart, from_middle, later_half, log_decays, mild, split, sums
 from regard.kernels.triton.loads import tile
 
 
@@ -30,15 +32,15 @@ def _passed_on(weights, x, dg, EXACT: tl.constexpr):
 
 @triton.jit
 def channel_gradients(
-    Q, K, V, G, DOut, States, DStates, Kept, DQ, DKeys, DG, Segments, Table,
+    Q, K, V, G, DOut, States, DStates, Kept, Steep, DQ, DKeys, DG, Segments, Table,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son,
     sab, sah, san, scb, sch, scn, swb, swh, swn, heads, DK, DV,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EXACT: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head, C = 2^LEVELS tokens: BD channels of DQ, DKeys and, if GATED, DG, all (B, H, N, DK).
 
-    States, DStates (chunks, H, DK, DV), Kept = e^{b_C} (chunks, H, BK), Segments and Table as
+    States, DStates (chunks, H, DK, DV); Kept = e^{b_C} and Steep (chunks, H, BK), Segments and Table as
     `channel_factors` has them."""
     chunk, h, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     row = tl.load(Table + chunk * 3).to(tl.int64)
@@ -85,7 +87,17 @@ def channel_gradients(
             dg = _passed_on(weights, tl.where(side == 1, q, k) * scaled, dg, EXACT)
         scaled += own * tl.where(side == 1, k, q)
         dq, dw = tl.where(side == 1, scaled, dq), tl.where(side == 1, dw, scaled)
-    for level in tl.range(0, LEVELS, num_stages=1):
+    block = mild(tl.max(tl.load(Steep + place * BK + dims), 0), LEVELS, LIMIT)
+    weights, sign, e = from_middle(Segments, c, block, high, low, C, EXACT)
+    near = (i >> block) == (j >> block)
+    pairs = tl.where(near & (i > j), both, 0.0).to(q.dtype)
+    read = tl.dot(pairs, (k * tl.exp2(-e)).to(q.dtype), input_precision=PRECISION) * tl.exp2(e)
+    pairs = tl.where(near & (i < j), both, 0.0).to(q.dtype)
+    written = tl.dot(pairs, (q * tl.exp2(e)).to(q.dtype), input_precision=PRECISION) * tl.exp2(-e)
+    if GATED:
+        dg = _passed_on(weights, sign * (q * read - k * written), dg, EXACT)
+    dq, dw = dq + read, dw + written
+    for level in tl.range(block, LEVELS, num_stages=1):
         weights = tl.load(Segments + level * (C * C) + square)
         scale = tl.exp2(sums(weights, high, low, EXACT))
         late = later_half(i, level)

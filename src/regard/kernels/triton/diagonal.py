@@ -11,26 +11,27 @@ and the state that the last one ends with is the gradient of the initial state. 
 further scan: a decay e^{g_s} is met by the pairs i ≥ s > j, so dg_s = Σ_{i ≥ s} q_i·dq_i − Σ_{j ≥ s} k_j·dk_j +
 ⟨S_N, dS_N⟩. A gate per channel is `diagonal_channel`'s.
 
-Few heads and a long sequence leave a GPU idle: the sequence is then cut into pieces, whose states are found first
-(without outputs) and chained.
+Few heads and a long sequence leave a GPU idle: the sequence is then cut into pieces (`cuts`), whose states are found
+first, without outputs, and chained (`diagonal_chain`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from regard.kernels.triton.aligned import aligned, missing, widened
-from regard.kernels.triton.diagonal_channel import ChannelDecay
+from regard.kernels.triton.diagonal_chain import starts
+from regard.kernels.triton.diagonal_channel import ChannelDecay, launches
 from regard.kernels.triton.diagonal_channel import chunk_size as channel_chunk_size
+from regard.kernels.triton.diagonal_gates import gates
 from regard.kernels.triton.diagonal_scalar import running_sums, scan_scalar
 from regard.kernels.triton.pieces import Pieces, documents, even
 
-Kind = Literal["none", "scalar"]
 PROCESSORS = 132  # programs that keep the GPU busy (an H100's multiprocessors)
 WHOLE = 2048  # tokens under which a sequence is not cut
 
@@ -54,6 +55,16 @@ def launch(columns: int, programs: int, dtype: torch.dtype) -> Launch:
     return Launch(min(64, fits), 4, 3)
 
 
+def cuts(n: int, programs: int) -> int:
+    """Into how many pieces sequences of n tokens are cut that `programs` would walk otherwise.
+
+    A cut costs a walk without outputs over what is before it. It is made where it gives the GPU half as much again to
+    do, and then often enough for the work to come out even."""
+    if n < WHOLE or programs * 3 > PROCESSORS * 2:
+        return 1
+    return min(4 * PROCESSORS // programs, n // (WHOLE // 2))
+
+
 def chunk_size(dtype: torch.dtype) -> int:
     """Tokens at a time. Fewer than 64 rows leave Hopper's large matrix instructions (and, mixed with them, gave wrong
     numbers with Triton 3.6); float32 products are exact and slow."""
@@ -62,92 +73,70 @@ def chunk_size(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """The decay made ready for all scans of a call.
+    """What all scans of a call share. sums: running sums of the log decays (B, H, N), None where there are none."""
 
-    sums: for "scalar", running sums (B, H, N). g is the log decay, (B, H, N)."""
-
-    kind: Kind
     pieces: Pieces
     chunk: int
-    g: Tensor | None = None
     sums: Tensor | None = None
 
 
 def prepare(q: Tensor, g: Tensor | None, pieces: Pieces, chunk: int) -> Work:
-    """One pass over the decays, parallel in all chunks."""
+    """One pass over the decays (B, H, N), parallel in all chunks."""
     if g is None:
-        return Work("none", pieces, chunk)
+        return Work(pieces, chunk)
     batch, heads, n, _ = q.shape
     sums = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
     grid = (pieces.longest, heads, pieces.table.shape[0])
     running_sums[grid](g, sums, pieces.table, *g.stride(), heads, n, C=chunk, num_warps=1)
-    return Work("scalar", pieces, chunk, g, sums)
+    return Work(pieces, chunk, sums)
 
 
 def scan(
     q: Tensor, k: Tensor, v: Tensor, work: Work, state: Tensor | None,
     *, reverse: bool = False, beside: Tensor | None = None, how: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """out (B, H, N, Dv), the state at the other end (sequences, H, Dk, Dv) float32, Σ_d out·beside (B, H, N) or
-    None."""
+    """out (B, H, N, Dv), the state at the other end (sequences, H, Dk, Dv) float32, and None or, in parts that are to
+    be added, Σ_d out·beside (parts, B, H, N) float32."""
     pieces = work.pieces
     if how is None:
         how = launch(v.shape[3], q.shape[1] * pieces.table.shape[0], q.dtype)
-    arguments = (q, k, v, work, reverse, how)
+    batch, heads, n, _ = q.shape
+    columns = v.shape[3]
     if pieces.split > 1:
-        local = _run(*arguments, None, None, wanted=False)[1]
-        state = _chain(local, state, work, reverse)
-    out, final, dots = _run(*arguments, state, beside, wanted=True)
-    if pieces.split > 1:
-        final = final.unflatten(0, (pieces.sequences, pieces.split))[:, 0 if reverse else -1]
-    return out, final, dots
-
-
-def _chain(local: Tensor, state: Tensor | None, work: Work, reverse: bool) -> Tensor:
-    """The state that each piece starts from, (pieces, H, Dk, Dv), from what each piece leaves by itself."""
-    pieces = work.pieces
-    local = local.unflatten(0, (pieces.sequences, pieces.split))
-    starts = torch.empty_like(local)
-    before = torch.zeros_like(local[:, 0]) if state is None else state
-    order = range(pieces.split)
-    for s in reversed(order) if reverse else order:
-        starts[:, s] = before
-        if work.g is not None:  # what the piece leaves of the state before it
-            kept = work.g[:, :, slice(*pieces.spans[s])].float().sum(2).exp()
-            before = before * kept[..., None, None]
-        before = before + local[:, s]
-    return starts.flatten(0, 1)
+        table = pieces.feeding(reverse)
+        left = torch.empty(table.shape[0], heads, 1, dtype=torch.float32, device=v.device)
+        local = _run(q, k, v, work, table, reverse, how, None, left=left)
+        state = starts(local, left, state, pieces, reverse)
+    out = torch.empty(batch, n, heads, columns, dtype=v.dtype, device=v.device).transpose(1, 2)
+    parts = triton.cdiv(columns, how.columns)
+    dots = None if beside is None else torch.empty(parts, batch, heads, n, dtype=torch.float32, device=v.device)
+    final = _run(q, k, v, work, pieces.table, reverse, how, state, out=out, beside=beside, dots=dots)
+    return out, pieces.last(final, reverse), dots
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, work: Work, reverse: bool, how: Launch,
-    state: Tensor | None, beside: Tensor | None, *, wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    batch, heads, n, rows = q.shape
-    columns, count = v.shape[3], work.pieces.table.shape[0]
-    out = torch.empty(batch, n, heads, columns, dtype=v.dtype, device=v.device).transpose(1, 2)
+    q: Tensor, k: Tensor, v: Tensor, work: Work, table: Tensor, reverse: bool, how: Launch, state: Tensor | None,
+    *, out: Tensor | None = None, beside: Tensor | None = None, dots: Tensor | None = None, left: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The state at the other end of each piece in `table`, (pieces, H, Dk, Dv) float32; fills `out` and `dots`, or,
+    without outputs, `left`."""
+    heads, rows, columns, count = q.shape[1], q.shape[3], v.shape[3], table.shape[0]
     final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
-    blocks = triton.cdiv(columns, how.columns)
-    grid = (blocks, heads, count)
     start = final if state is None else state.float().contiguous()
+    there, x = v if out is None else out, v if beside is None else beside
+    part_step, row_step = (0, 0) if dots is None else dots.stride()[:2]
     # Products of fewer than 64 rows go another way through the compiler, one that does not mix with wide ones.
     least = 64 if q.dtype.itemsize == 2 else 16
-    shared: dict[str, Any] = {
-        "C": work.chunk, "BK": max(least, triton.next_power_of_2(rows)), "BV": how.columns, "REVERSE": reverse,
-        "OUT": wanted, "START": state is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "STAGES": how.stages, "num_warps": how.warps, "num_stages": how.stages,
-    }  # fmt: skip
-    strides = [s for x in (q, k, v) for s in x.stride()[:3]]
-    dots = None if beside is None else torch.empty(blocks, batch, heads, n, dtype=torch.float32, device=v.device)
-    x, sums = (v, final) if beside is None or dots is None else (beside, dots)
-    block_step, row_step = (0, 0) if dots is None else dots.stride()[:2]
-    strides += [*out.stride()[:3], *x.stride()[:3], block_step, row_step]
-    gates = final if work.sums is None else work.sums
-    scan_scalar[grid](
-        q, k, v, gates, out, start, final, x, sums, work.pieces.table, *strides, heads, n, rows, columns,
-        DECAY=work.sums is not None, DOTS=dots is not None, **shared,
+    scan_scalar[(triton.cdiv(columns, how.columns), heads, count)](
+        q, k, v, final if work.sums is None else work.sums, there, start, final, final if left is None else left, x,
+        final if dots is None else dots, table, *(s for t in (q, k, v, there, x) for s in t.stride()[:3]), part_step,
+        row_step, heads, q.shape[2], rows, columns,
+        C=work.chunk, BK=max(least, triton.next_power_of_2(rows)), BV=how.columns, DECAY=work.sums is not None,
+        REVERSE=reverse, OUT=out is not None, START=state is not None, DOTS=dots is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=how.stages,
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    return out, final, None if dots is None else dots.sum(0)
+    return final
 
 
 class _Diagonal(torch.autograd.Function):
@@ -157,16 +146,16 @@ class _Diagonal(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         work = prepare(q, g, pieces, chunk)
         out, final, _ = scan(q, k, v, work, state)
-        ctx.save_for_backward(q, k, v, g, state, final, work.sums)
+        ctx.save_for_backward(q, k, v, state, final, work.sums)
         ctx.pieces, ctx.chunk = pieces, chunk
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, g, state, final, sums = ctx.saved_tensors
+        q, k, v, state, final, sums = ctx.saved_tensors
         pieces, chunk = ctx.pieces, ctx.chunk
-        work = Work("none" if g is None else "scalar", pieces, chunk, g, sums)
+        work = Work(pieces, chunk, sums)
         dout = torch.zeros_like(v) if dout is None else aligned(dout.to(v.dtype))
         gated = ctx.needs_input_grad[3]
         beside = (q, k) if gated else (None, None)
@@ -176,20 +165,9 @@ class _Diagonal(torch.autograd.Function):
         dv, dstate, _ = scan(k, q, dout, work, dfinal, reverse=True)
         dg = None
         if gated:
-            ends = torch.zeros_like(final) if dfinal is None else final * dfinal
             assert q_dots is not None and k_dots is not None
-            dg = _scalar_gates(q_dots - k_dots, ends.sum((-1, -2)), work.pieces)
+            dg = gates(q_dots, k_dots, None if dfinal is None else (final * dfinal).sum((-1, -2)), pieces)
         return dq, dk, dv, dg, dstate if ctx.needs_input_grad[4] else None, None, None
-
-
-def _scalar_gates(change: Tensor, ends: Tensor, pieces: Pieces) -> Tensor:
-    """Σ_{t ≥ s} change_t within each sequence, and what its final state adds: (B, H, N) from ends (sequences, H)."""
-    later = change.double().flip(2).cumsum(2).flip(2)
-    if pieces.spans:
-        return (later + ends[..., None]).float()
-    begins, stops = (pieces.table[:, i].long() for i in (1, 2))
-    after = torch.nn.functional.pad(later, (0, 1))[0][:, stops]  # (H, sequences): what lies behind each document
-    return (later[0] - (after - ends.mT.double()).repeat_interleave(stops - begins, 1))[None].float()
 
 
 @torch.compiler.disable  # its launches are Python's; torch.compile goes on around it
@@ -218,8 +196,7 @@ def diagonal(
     if ends is not None:
         pieces = documents(ends, chunk, q.device)
     else:
-        programs = batch * heads * -(-columns // 32)
-        split = 1 if n < WHOLE or programs * 2 > PROCESSORS else min(2 * PROCESSORS // programs, n // (WHOLE // 2))
-        pieces = even(batch, n, split, chunk, q.device)
+        wide = launches(q.shape[3], v.shape[3], q.dtype).scan.columns if per_channel else 64
+        pieces = even(batch, n, cuts(n, batch * heads * -(-columns // wide)), chunk, q.device)
     out, final = (ChannelDecay if per_channel else _Diagonal).apply(q, k, v, g, state, pieces, chunk)
     return (out[..., :columns], final[:, :, :dim, :columns]) if any(more) else (out, final)

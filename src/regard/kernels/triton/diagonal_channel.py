@@ -17,19 +17,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regard.kernels.triton.aligned import aligned
-from regard.kernels.triton.channel_factors import channel_factors, segments
+from regard.kernels.triton.channel_factors import channel_factors, limit, segments
 from regard.kernels.triton.channel_gradients import channel_gradients
 from regard.kernels.triton.channel_scan import scan_chunks
+from regard.kernels.triton.diagonal_chain import starts as chained
 from regard.kernels.triton.pieces import Pieces
 
 
 @dataclass(frozen=True)
 class Launch:
-    """columns: how many a program holds, or takes at a time; warps; pipeline stages."""
+    """columns: how many a program holds, or takes at a time; warps; pipeline stages; registers of a thread at most."""
 
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
     if dtype == torch.float32:
         tall = max(16, triton.next_power_of_2(rows))
         short = Launch(16, 8, 1)
-        return Launches(Launch(min(tall, 32), 4, 1), short, short, min(tall, 32), tall)
+        return Launches(Launch(min(tall, 32), 4, 1, 168), short, short, min(tall, 32), tall)
     tall = max(64, triton.next_power_of_2(rows))
     wide = max(32, triton.next_power_of_2(columns))
     scan = Launch(min(wide, 64 if tall == 64 else 32), 4 if tall <= 128 else 8, 2)
-    return Launches(Launch(32, 4, 1), scan, Launch(32, 4, 2), 32, tall)
+    return Launches(Launch(32, 4, 1, 168), scan, Launch(32, 4, 2), 32, tall)
 
 
 def chunk_size(rows: int, dtype: torch.dtype) -> int:
@@ -66,16 +68,18 @@ def chunk_size(rows: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Factors:
-    """What `channel_factors` writes: Q̂ and K̂ (2, chunks, H, C, BK), e^{b_C} (chunks, H, BK), P (chunks, H, C, C)."""
+    """What `channel_factors` writes: Q̂ and K̂ (2, chunks, H, C, BK), e^{b_C} and which chunks decay much (chunks,
+    H, BK), P (chunks, H, C, C)."""
 
     both: Tensor
     kept: Tensor
+    steep: Tensor
     p: Tensor
 
 
 def _precision(q: Tensor) -> dict[str, Any]:
-    exact = q.dtype == torch.float32
-    return {"EXACT": exact, "PRECISION": "ieee" if exact else "tf32"}  # half precision has but one
+    exact = q.dtype == torch.float32  # half precision has but one
+    return {"EXACT": exact, "LIMIT": limit(q.dtype), "PRECISION": "ieee" if exact else "tf32"}
 
 
 def _segments(q: Tensor, chunk: int) -> Tensor:
@@ -85,61 +89,50 @@ def _segments(q: Tensor, chunk: int) -> Tensor:
 def factors_of(q: Tensor, k: Tensor, g: Tensor, pieces: Pieces, chunk: int, how: Launches) -> Factors:
     heads, count = q.shape[1], pieces.chunks
     both = torch.empty(2, count, heads, chunk, how.rows, dtype=q.dtype, device=q.device)
-    kept = torch.empty(count, heads, how.rows, dtype=torch.float32, device=q.device)
+    kept, steep = (torch.empty(count, heads, how.rows, dtype=torch.float32, device=q.device) for _ in range(2))
     p = torch.empty(count, heads, chunk, chunk, dtype=q.dtype, device=q.device)
     if count * heads:
         strides = [s for x in (q, k, g) for s in x.stride()[:3]]
         channel_factors[(count, heads)](
-            q, k, g, both, kept, p, _segments(q, chunk), pieces.each, *strides, both.stride(0), heads, q.shape[3],
-            C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.factors.columns, **_precision(q),
-            num_warps=how.factors.warps, num_stages=how.factors.stages, maxnreg=168,  # three at a time
+            q, k, g, both, kept, steep, p, _segments(q, chunk), pieces.each, *strides, both.stride(0), heads,
+            q.shape[3], C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.factors.columns, **_precision(q),
+            num_warps=how.factors.warps, num_stages=how.factors.stages, maxnreg=how.factors.registers,
         )  # fmt: skip
-    return Factors(both, kept, p)
+    return Factors(both, kept, steep, p)
 
 
 def _scan(
-    factors: Factors, v: Tensor, rows: int, start: Tensor | None, pieces: Pieces, how: Launches,
-    *, reverse: bool = False, out: Tensor | None = None, states: Tensor | None = None,
+    factors: Factors, v: Tensor, rows: int, start: Tensor | None, table: Tensor, how: Launches,
+    *, reverse: bool = False, out: Tensor | None = None, states: Tensor | None = None, left: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The state at the other end of each piece (pieces, H, Dk, Dv) float32; fills `out` and `states`."""
-    heads, columns, count = v.shape[1], v.shape[3], pieces.table.shape[0]
+    """The state at the other end of each piece in `table`, (pieces, H, Dk, Dv) float32; fills the last three."""
+    heads, columns, count = v.shape[1], v.shape[3], table.shape[0]
     final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
     read, write = (factors.both[s] for s in ((1, 0) if reverse else (0, 1)))
     there = v if out is None else out
     if count * heads:
         scan_chunks[(triton.cdiv(columns, how.scan.columns), heads, count)](
             read, write, v, factors.p, factors.kept, there, final if start is None else start, final,
-            v if states is None else states, pieces.table, *v.stride()[:3], *there.stride()[:3], heads, rows, columns,
+            final if left is None else left, v if states is None else states, table, *v.stride()[:3],
+            *there.stride()[:3], heads, rows, columns,
             C=read.shape[2], BK=read.shape[3], BV=how.scan.columns, REVERSE=reverse, START=start is not None,
-            OUT=out is not None, KEEP=states is not None, PRECISION=_precision(v)["PRECISION"], STAGES=how.scan.stages,
+            OUT=out is not None, KEEP=states is not None, LEAVE=left is not None,
+            PRECISION=_precision(v)["PRECISION"], STAGES=how.scan.stages,
             num_warps=how.scan.warps, num_stages=how.scan.stages,
         )  # fmt: skip
     return final
 
 
 def _starts(
-    factors: Factors, g: Tensor, v: Tensor, state: Tensor | None, pieces: Pieces, how: Launches, reverse: bool
+    factors: Factors, v: Tensor, rows: int, state: Tensor | None, pieces: Pieces, how: Launches, reverse: bool
 ) -> Tensor | None:
-    """The state that each piece starts from, (pieces, H, Dk, Dv), from what each leaves by itself."""
-    state = None if state is None else state.float().contiguous()
+    """The state that each piece starts from, (pieces, H, Dk, Dv)."""
     if pieces.split == 1:
-        return state
-    local = _scan(factors, v, g.shape[3], None, pieces, how, reverse=reverse)
-    local = local.unflatten(0, (pieces.sequences, pieces.split))
-    starts = torch.empty_like(local)
-    before = torch.zeros_like(local[:, 0]) if state is None else state
-    for s in reversed(range(pieces.split)) if reverse else range(pieces.split):
-        starts[:, s] = before
-        kept = g[:, :, slice(*pieces.spans[s])].float().sum(2).exp()
-        before = before * kept[..., None] + local[:, s]
-    return starts.flatten(0, 1)
-
-
-def _last(states: Tensor, pieces: Pieces, reverse: bool) -> Tensor:
-    """Of each sequence: (sequences, H, Dk, Dv) from those of its pieces."""
-    if pieces.split == 1:
-        return states
-    return states.unflatten(0, (pieces.sequences, pieces.split))[:, 0 if reverse else -1]
+        return None if state is None else state.float().contiguous()
+    table = pieces.feeding(reverse)
+    left = torch.empty(table.shape[0], v.shape[1], rows, dtype=torch.float32, device=v.device)
+    local = _scan(factors, v, rows, None, table, how, reverse=reverse, left=left)
+    return chained(local, left, state, pieces, reverse)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -157,12 +150,12 @@ class ChannelDecay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         how = launches(q.shape[3], v.shape[3], q.dtype)
         factors = factors_of(q, k, g, pieces, chunk, how)
-        starts, out = _starts(factors, g, v, state, pieces, how, False), _like(v)
-        final = _scan(factors, v, q.shape[3], starts, pieces, how, out=out)
+        starts, out = _starts(factors, v, q.shape[3], state, pieces, how, False), _like(v)
+        final = _scan(factors, v, q.shape[3], starts, pieces.table, how, out=out)
         ctx.save_for_backward(q, k, v, g, starts)
         ctx.pieces, ctx.chunk = pieces, chunk
         ctx.set_materialize_grads(False)
-        return out, _last(final, pieces, False)
+        return out, pieces.last(final, False)
 
     @staticmethod
     @once_differentiable
@@ -175,20 +168,20 @@ class ChannelDecay(torch.autograd.Function):
         dout = torch.zeros_like(v) if dout is None else aligned(dout.to(v.dtype))
         size = (pieces.chunks, heads, rows, columns)
         states, dstates = (torch.empty(size, dtype=q.dtype, device=q.device) for _ in range(2))
-        _scan(factors, v, rows, starts, pieces, how, states=states)
-        dstarts, dv = _starts(factors, g, dout, dfinal, pieces, how, True), _like(v)
-        dstate = _scan(factors, dout, rows, dstarts, pieces, how, reverse=True, out=dv, states=dstates)
-        kept, dq, dk, dg = factors.kept, _like(q), _like(k), _like(g) if gated else q
+        _scan(factors, v, rows, starts, pieces.table, how, states=states)
+        dstarts, dv = _starts(factors, dout, rows, dfinal, pieces, how, True), _like(v)
+        dstate = _scan(factors, dout, rows, dstarts, pieces.table, how, reverse=True, out=dv, states=dstates)
+        kept, steep, dq, dk, dg = factors.kept, factors.steep, _like(q), _like(k), _like(g) if gated else q
         del factors
         if pieces.chunks * heads:
             given = q, k, v, g, dout
             strides = [s for x in (*given, dq, dk, dg) for s in x.stride()[:3]]
             channel_gradients[(pieces.chunks, heads, triton.cdiv(rows, how.channels))](
-                *given, states, dstates, kept, dq, dk, dg, _segments(q, chunk), pieces.each, *strides, heads, rows,
-                columns,
+                *given, states, dstates, kept, steep, dq, dk, dg, _segments(q, chunk), pieces.each, *strides, heads,
+                rows, columns,
                 C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.channels, BV=how.gradients.columns,
                 GATED=gated, STAGES=how.gradients.stages, **_precision(q),
                 num_warps=how.gradients.warps, num_stages=how.gradients.stages,
             )  # fmt: skip
-        first = _last(dstate, pieces, True) if ctx.needs_input_grad[4] else None
+        first = pieces.last(dstate, True) if ctx.needs_input_grad[4] else None
         return dq, dk, dv, dg if gated else None, first, None, None

@@ -42,8 +42,23 @@ def _gates(sums, at, index, begin, end, C: tl.constexpr):
 
 
 @triton.jit
+def _counting(sums, begin, end, C: tl.constexpr, REVERSE: tl.constexpr):
+    """(how many of the last chunks that a piece walks still count in the state that it leaves, its whole decay in base
+    2). Those before are multiplied by 2^−160, zero in float32, or less."""
+    chunks, whole, counting = tl.cdiv(end - begin, C), 0.0, 0
+    for first in range(0, chunks, 128):
+        n = first + tl.arange(0, 128)  # counted from the last that is walked
+        turn = n if REVERSE else chunks - 1 - n
+        total = tl.load(sums + tl.minimum(begin + turn * C + C, end) - 1, mask=n < chunks, other=0.0)
+        behind = whole + tl.cumsum(total, 0) - total
+        counting += tl.sum(((n < chunks) & (behind > -160.0)).to(tl.int32), 0)
+        whole += tl.sum(total, 0)
+    return counting, whole
+
+
+@triton.jit
 def scan_scalar(
-    Q, K, V, Sums, Out, Start, Final, Beside, Dots, Pieces,
+    Q, K, V, Sums, Out, Start, Final, Left, Beside, Dots, Pieces,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sxb, sxh, sxn, sdv, sdb,
     heads, length, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
@@ -52,7 +67,8 @@ def scan_scalar(
     """One piece of one head, BV value columns.
 
     Q, K (B, H, N, DK), V, Out, Beside (B, H, N, DV) by strides; Sums (B, H, N) and Start, Final (pieces, H, DK, DV)
-    float32 and contiguous; Pieces as `pieces.Pieces` says. OUT: outputs are wanted, not the state alone.
+    float32 and contiguous; Pieces as `pieces.Pieces` says. OUT: outputs are wanted, not the state alone. That
+    comes with Left (pieces, H), what the piece leaves of a state before it, and without reading what is forgotten.
     DOTS: Dots (blocks of BV, B, H, N) gets Σ_d out·Beside, float32, before `out` is rounded.
     """
     block, h, piece = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -70,10 +86,14 @@ def scan_scalar(
     x_base, line = Beside + row * sxb + h * sxh, Dots + block * sdv + row * sdb + h * length
     chunks = tl.cdiv(end - begin, C)
     step = -C if REVERSE else C
-    first = begin + ((chunks - 1) * C if REVERSE else 0)
+    whole, walked = 0.0, chunks
+    if DECAY:
+        if not OUT:
+            walked, whole = _counting(sums, begin, end, C, REVERSE)
+    first = begin + ((walked - 1) * C if REVERSE else (chunks - walked) * C)
     if DECAY:
         b, total = _gates(sums, first, c, begin, end, C)
-    for n in tl.range(0, chunks, num_stages=STAGES):
+    for n in tl.range(0, walked, num_stages=STAGES):
         at = first + n * step
         k, v = tile(k_base, at, skn, c, dk, end, DK), tile(v_base, at, svn, c, dv, end, DV)
         if DECAY:  # those of the next chunk are on their way while this one is worked on
@@ -101,3 +121,5 @@ def scan_scalar(
             b, total = next_b, next_total
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
     tl.store(Final + entry, state, mask=held)
+    if not OUT:
+        tl.store(Left + piece * heads + h, tl.exp2(whole))

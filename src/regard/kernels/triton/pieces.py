@@ -13,27 +13,33 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Pieces:
     """table (pieces, 4) int32: batch row, first token, end, number of its first chunk. All pieces of a sequence follow
-    one another. spans: of one sequence, where all are cut alike; empty for packed documents, which are not cut.
-    chunks: how many there are; longest: how many the longest piece has. each (chunks, 3) int32: batch row, first token,
-    end.
+    one another. split: into how many pieces each sequence is cut; packed documents are not. chunks: how many there are;
+    longest: how many the longest piece has; tokens: of the longest sequence. each (chunks, 3) int32: batch row, first
+    token, end.
     """
 
     table: Tensor
     each: Tensor
-    spans: tuple[tuple[int, int], ...]
-    sequences: int
+    split: int
     chunks: int
     longest: int
+    tokens: int
 
     @property
-    def split(self) -> int:
-        """Into how many pieces each sequence is cut."""
-        return max(len(self.spans), 1)
+    def sequences(self) -> int:
+        return self.table.shape[0] // self.split
+
+    def feeding(self, reverse: bool) -> Tensor:
+        """The table of those whose state another piece starts from: all but the last of a sequence, or the first."""
+        table = self.table.view(-1, self.split, 4)
+        return (table[:, 1:] if reverse else table[:, :-1]).reshape(-1, 4)
+
+    def last(self, states: Tensor, reverse: bool) -> Tensor:
+        """Of each sequence, (sequences, …), from those of its pieces."""
+        return states if self.split == 1 else states.unflatten(0, (-1, self.split))[:, 0 if reverse else -1]
 
 
-def _pieces(
-    rows: list[tuple[int, int, int]], spans: tuple[tuple[int, int], ...], chunk: int, device: torch.device
-) -> Pieces:
+def _pieces(rows: list[tuple[int, int, int]], split: int, tokens: int, chunk: int, device: torch.device) -> Pieces:
     sizes = [-(-(stop - start) // chunk) for _, start, stop in rows]
     table, before = [], 0
     each = [(row, at, min(at + chunk, stop)) for row, start, stop in rows for at in range(start, stop, chunk)]
@@ -42,7 +48,7 @@ def _pieces(
         before += size
     held = torch.tensor(table, dtype=torch.int32, device=device).view(-1, 4)
     cut = torch.tensor(each, dtype=torch.int32, device=device).view(-1, 3)
-    return Pieces(held, cut, spans, len(rows) // max(len(spans), 1), before, max(sizes, default=0))
+    return Pieces(held, cut, split, before, max(sizes, default=0), tokens)
 
 
 @lru_cache(maxsize=64)
@@ -50,11 +56,11 @@ def even(batch: int, n: int, split: int, chunk: int, device: torch.device) -> Pi
     """Every row of the batch is one sequence of n tokens, cut into at most `split` pieces of whole chunks."""
     length = chunk * max(1, -(-n // (split * chunk)))  # a whole number of chunks
     spans = tuple((start, min(start + length, n)) for start in range(0, n, length)) or ((0, 0),)
-    return _pieces([(b, *span) for b in range(batch) for span in spans], spans, chunk, device)
+    return _pieces([(b, *span) for b in range(batch) for span in spans], len(spans), n, chunk, device)
 
 
 @lru_cache(maxsize=64)
 def documents(ends: tuple[int, ...], chunk: int, device: torch.device) -> Pieces:
     """One row of the batch, with a sequence between each two of `ends` (0, …, N)."""
     rows = [(0, start, stop) for start, stop in pairwise(ends)]
-    return _pieces(rows, (), chunk, device)
+    return _pieces(rows, 1, max((stop - start for _, start, stop in rows), default=0), chunk, device)
