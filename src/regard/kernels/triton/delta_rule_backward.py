@@ -185,7 +185,7 @@ def gradients_of(
             *strides(q, k, dout), heads, rows, columns, BV=wide, FINAL=dfinal is not None, STAGES=how.reverse.stages,
             num_warps=how.reverse.warps, num_stages=how.reverse.stages, **compiled_for(q, chunk, how),
         )  # fmt: skip
-    dq, dk, dv = (_like(x) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))  # laid out as what they are gradients of
     parts = triton.cdiv(rows, how.channels)
     dbeta = torch.empty(parts, batch, heads, n, dtype=torch.float32, device=device)
     dg = dbeta if g is None else torch.empty_like(dbeta)
@@ -199,9 +199,3 @@ def gradients_of(
         )  # fmt: skip
     found = None if g is None else dg.sum(0).to(g.dtype)
     return dq, dk, dv, dbeta.sum(0).to(beta.dtype), found, dstart
-
-
-def _like(x: Tensor) -> Tensor:
-    """Unwritten, (B, H, N, D), lying as (B, N, H, D) in memory."""
-    batch, heads, n, dim = x.shape
-    return torch.empty(batch, n, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)

@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from regard.kernels.triton.aligned import aligned, missing, widened
-from regard.kernels.triton.diagonal_chain import starts
+from regard.kernels.triton.diagonal_chain import chained
 from regard.kernels.triton.diagonal_channel import ChannelDecay, launches
 from regard.kernels.triton.diagonal_channel import chunk_size as channel_chunk_size
 from regard.kernels.triton.diagonal_gates import gates
@@ -92,48 +92,51 @@ def prepare(q: Tensor, g: Tensor | None, pieces: Pieces, chunk: int) -> Work:
 
 
 def scan(
-    q: Tensor, k: Tensor, v: Tensor, work: Work, state: Tensor | None,
-    *, reverse: bool = False, beside: Tensor | None = None, how: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """out (B, H, N, Dv), the state at the other end (sequences, H, Dk, Dv) float32, and None or, in parts that are to
-    be added, Σ_d out·beside (parts, B, H, N) float32."""
-    pieces = work.pieces
-    if how is None:
-        how = launch(v.shape[3], q.shape[1] * pieces.table.shape[0], q.dtype)
-    batch, heads, n, _ = q.shape
-    columns = v.shape[3]
-    if pieces.split > 1:
-        table = pieces.feeding(reverse)
-        left = torch.empty(table.shape[0], heads, 1, dtype=torch.float32, device=v.device)
-        local = _run(q, k, v, work, table, reverse, how, None, left=left)
-        state = starts(local, left, state, pieces, reverse)
-    out = torch.empty(batch, n, heads, columns, dtype=v.dtype, device=v.device).transpose(1, 2)
-    parts = triton.cdiv(columns, how.columns)
-    dots = None if beside is None else torch.empty(parts, batch, heads, n, dtype=torch.float32, device=v.device)
-    final = _run(q, k, v, work, pieces.table, reverse, how, state, out=out, beside=beside, dots=dots)
-    return out, pieces.last(final, reverse), dots
+    q: Tensor, k: Tensor, v: Tensor, work: Work, starts: Tensor | None, out: Tensor,
+    *, reverse: bool = False, beside: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Fills out (B, H, N, Dv), from the states that the pieces start from. The state at the other end (sequences, H,
+    Dk, Dv) float32, and None or, in parts that are to be added, Σ_d out·beside (parts, B, H, N) float32."""
+    table = work.pieces.table
+    how = launch(v.shape[3], q.shape[1] * table.shape[0], q.dtype)
+    parts = triton.cdiv(v.shape[3], how.columns)
+    dots = None if beside is None else torch.empty(parts, *q.shape[:3], dtype=torch.float32, device=v.device)
+    final = _run(q, k, v, work, table, reverse, how, starts, out=out, beside=beside, dots=dots)
+    return work.pieces.last(final, reverse), dots
+
+
+def starting(k: Tensor, v: Tensor, work: Work, state: Tensor | None, *, reverse: bool = False) -> Tensor | None:
+    """The state that each piece of `scan` starts from, (pieces, H, Dk, Dv) float32, None for zeros; `state` is that of
+    each sequence."""
+    pieces, heads = work.pieces, k.shape[1]
+    if pieces.split == 1:
+        return None if state is None else state.float().contiguous()
+    table = pieces.feeding(reverse)
+    how = launch(v.shape[3], heads * table.shape[0], k.dtype)
+    left = torch.empty(table.shape[0], heads, 1, dtype=torch.float32, device=v.device)
+    local = _run(k, k, v, work, table, reverse, how, None, left=left)
+    return chained(local, left, state, pieces, reverse)
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, work: Work, table: Tensor, reverse: bool, how: Launch, state: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, work: Work, table: Tensor, reverse: bool, how: Launch, start: Tensor | None,
     *, out: Tensor | None = None, beside: Tensor | None = None, dots: Tensor | None = None, left: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The state at the other end of each piece in `table`, (pieces, H, Dk, Dv) float32; fills `out` and `dots`, or,
     without outputs, `left`."""
     heads, rows, columns, count = q.shape[1], q.shape[3], v.shape[3], table.shape[0]
     final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
-    start = final if state is None else state.float().contiguous()
     there, x = v if out is None else out, v if beside is None else beside
     part_step, row_step = (0, 0) if dots is None else dots.stride()[:2]
     # Products of fewer than 64 rows go another way through the compiler, one that does not mix with wide ones.
     least = 64 if q.dtype.itemsize == 2 else 16
     scan_scalar[(triton.cdiv(columns, how.columns), heads, count)](
-        q, k, v, final if work.sums is None else work.sums, there, start, final, final if left is None else left, x,
-        final if dots is None else dots, table, *(s for t in (q, k, v, there, x) for s in t.stride()[:3]), part_step,
-        row_step, heads, q.shape[2], rows, columns,
-        C=work.chunk, BK=max(least, triton.next_power_of_2(rows)), BV=how.columns, DECAY=work.sums is not None,
-        REVERSE=reverse, OUT=out is not None, START=state is not None, DOTS=dots is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=how.stages,
+        q, k, v, final if work.sums is None else work.sums, there, final if start is None else start,
+        final, final if left is None else left, x, final if dots is None else dots, table,
+        *(s for t in (q, k, v, there, x) for s in t.stride()[:3]), part_step, row_step, heads, q.shape[2], rows,
+        columns, C=work.chunk, BK=max(least, triton.next_power_of_2(rows)), BV=how.columns,
+        DECAY=work.sums is not None, REVERSE=reverse, OUT=out is not None, START=start is not None,
+        DOTS=dots is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=how.stages,
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return final
@@ -145,24 +148,29 @@ class _Diagonal(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, pieces: Pieces, chunk: int
     ) -> tuple[Tensor, Tensor]:
         work = prepare(q, g, pieces, chunk)
-        out, final, _ = scan(q, k, v, work, state)
-        ctx.save_for_backward(q, k, v, state, final, work.sums)
+        starts = starting(k, v, work, state)
+        batch, heads, n, columns = v.shape
+        out = torch.empty(batch, n, heads, columns, dtype=v.dtype, device=v.device).transpose(1, 2)
+        final, _ = scan(q, k, v, work, starts, out)
+        ctx.save_for_backward(q, k, v, starts, final, work.sums)
         ctx.pieces, ctx.chunk = pieces, chunk
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, state, final, sums = ctx.saved_tensors
-        pieces, chunk = ctx.pieces, ctx.chunk
-        work = Work(pieces, chunk, sums)
+        q, k, v, starts, final, sums = ctx.saved_tensors
+        pieces = ctx.pieces
+        work = Work(pieces, ctx.chunk, sums)
         dout = torch.zeros_like(v) if dout is None else aligned(dout.to(v.dtype))
         gated = ctx.needs_input_grad[3]
         beside = (q, k) if gated else (None, None)
-        turned = [None if s is None else s.mT for s in (state, dfinal)]
-        dq, _, q_dots = scan(dout, v, k, work, turned[0], beside=beside[0])
-        dk, _, k_dots = scan(v, dout, q, work, turned[1], reverse=True, beside=beside[1])
-        dv, dstate, _ = scan(k, q, dout, work, dfinal, reverse=True)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        dstarts = starting(q, dout, work, dfinal, reverse=True)
+        turned = [None if s is None else s.mT.contiguous() for s in (starts, dstarts)]
+        _, q_dots = scan(dout, v, k, work, turned[0], dq, beside=beside[0])
+        _, k_dots = scan(v, dout, q, work, turned[1], dk, reverse=True, beside=beside[1])
+        dstate, _ = scan(k, q, dout, work, dstarts, dv, reverse=True)
         dg = None
         if gated:
             assert q_dots is not None and k_dots is not None

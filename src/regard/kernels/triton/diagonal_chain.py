@@ -39,7 +39,7 @@ def chain(
     tl.store(Starts + (last * heads + h) * size + entry, state, mask=inside)
 
 
-def starts(local: Tensor, left: Tensor, state: Tensor | None, pieces: Pieces, reverse: bool) -> Tensor:
+def chained(local: Tensor, left: Tensor, state: Tensor | None, pieces: Pieces, reverse: bool) -> Tensor:
     """The state that each piece starts from, (pieces, H, Dk, Dv) float32; local, left: of `pieces.feeding(reverse)`."""
     heads, rows, columns = local.shape[1:]
     state = None if state is None else state.float().contiguous()

@@ -20,7 +20,7 @@ from regard.kernels.triton.aligned import aligned
 from regard.kernels.triton.channel_factors import channel_factors, limit, segments
 from regard.kernels.triton.channel_gradients import channel_gradients
 from regard.kernels.triton.channel_scan import scan_chunks
-from regard.kernels.triton.diagonal_chain import starts as chained
+from regard.kernels.triton.diagonal_chain import chained
 from regard.kernels.triton.pieces import Pieces
 
 
@@ -135,12 +135,6 @@ def _starts(
     return chained(local, left, state, pieces, reverse)
 
 
-def _like(x: Tensor) -> Tensor:
-    """Unwritten, (B, H, N, D), lying as (B, N, H, D) in memory."""
-    batch, heads, n, dim = x.shape
-    return torch.empty(batch, n, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
-
-
 class ChannelDecay(torch.autograd.Function):
     """(out, final state) of q, k, v, g (B, H, N, Dk), state, pieces, chunk: tensors are `aligned`, their sizes too."""
 
@@ -150,7 +144,9 @@ class ChannelDecay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         how = launches(q.shape[3], v.shape[3], q.dtype)
         factors = factors_of(q, k, g, pieces, chunk, how)
-        starts, out = _starts(factors, v, q.shape[3], state, pieces, how, False), _like(v)
+        starts = _starts(factors, v, q.shape[3], state, pieces, how, False)
+        batch, heads, n, columns = v.shape
+        out = torch.empty(batch, n, heads, columns, dtype=v.dtype, device=v.device).transpose(1, 2)
         final = _scan(factors, v, q.shape[3], starts, pieces.table, how, out=out)
         ctx.save_for_backward(q, k, v, g, starts)
         ctx.pieces, ctx.chunk = pieces, chunk
@@ -169,9 +165,10 @@ class ChannelDecay(torch.autograd.Function):
         size = (pieces.chunks, heads, rows, columns)
         states, dstates = (torch.empty(size, dtype=q.dtype, device=q.device) for _ in range(2))
         _scan(factors, v, rows, starts, pieces.table, how, states=states)
-        dstarts, dv = _starts(factors, dout, rows, dfinal, pieces, how, True), _like(v)
+        dstarts, dv = _starts(factors, dout, rows, dfinal, pieces, how, True), torch.empty_like(v)
         dstate = _scan(factors, dout, rows, dstarts, pieces.table, how, reverse=True, out=dv, states=dstates)
-        kept, steep, dq, dk, dg = factors.kept, factors.steep, _like(q), _like(k), _like(g) if gated else q
+        kept, steep = factors.kept, factors.steep
+        dq, dk, dg = (torch.empty_like(x) for x in (q, k, g if gated else q[:0]))
         del factors
         if pieces.chunks * heads:
             given = q, k, v, g, dout

@@ -26,10 +26,13 @@ def _changes(
     at = tl.load(first + 1) + block * BLOCK + tl.arange(0, BLOCK)
     inside, place = at < tl.load(last + 2), (tl.load(first).to(tl.int64) * heads + h) * length + at
     c = tl.zeros([BLOCK], tl.float32)
-    for part in range(reads):
-        c += tl.load(Read + part * size + place, mask=inside, other=0.0)
-    for part in range(writes):
-        c -= tl.load(Written + part * size + place, mask=inside, other=0.0)
+    read, written = Read + place, Written + place
+    for _ in range(reads):
+        c += tl.load(read, mask=inside, other=0.0)
+        read += size
+    for _ in range(writes):
+        c -= tl.load(written, mask=inside, other=0.0)
+        written += size
     return c, place, inside
 
 
@@ -71,8 +74,7 @@ def sums_from_the_end(
 def gates(read: Tensor, written: Tensor, ends: Tensor | None, pieces: Pieces) -> Tensor:
     """dg (B, H, N) float32; read, written (parts, B, H, N), ends (sequences, H) or None, float32 and contiguous."""
     batch, heads, n = read.shape[1:]
-    longest = pieces.tokens
-    blocks = triton.cdiv(longest, BLOCK)
+    blocks = triton.cdiv(pieces.tokens, BLOCK)
     found = torch.empty(batch, heads, n, dtype=torch.float32, device=read.device)
     table = torch.empty(pieces.sequences, heads, blocks, dtype=torch.float64, device=read.device)
     about = (pieces.table, pieces.split, heads, n, batch * heads * n, read.shape[0], written.shape[0])
