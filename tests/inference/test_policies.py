@@ -365,24 +365,3 @@ def test_while_decoding_the_tightest_part_decides() -> None:
 def test_bad_settings_are_named(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ArgumentError, match=message):
         make()
-
-
-@pytest.mark.parametrize("sinks", [0, 1, 4])
-def test_the_victim_of_a_window_is_what_scores_lowest(sinks: int) -> None:
-    """The short way of `streaming` and `duoattention` against the general one, on unsorted and ragged lanes."""
-    from regard.inference.policies.streaming import Streaming
-    from regard.inference.policy import LayerView
-
-    for seed in range(20):
-        draw = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(sinks + 2, 12, (2, 3), generator=draw)
-        positions = torch.stack(
-            [torch.stack([torch.randperm(30, generator=draw)[:12] for _ in range(3)]) for _ in range(2)]
-        )
-        positions = positions.masked_fill(torch.arange(12) >= lengths[..., None], -1)
-        zeros = torch.zeros(2, 3, 12, 4)
-        view = LayerView(0, 1, zeros, zeros, positions, lengths, torch.tensor([30, 30]))
-        policy = Streaming(budget=sinks + 2, sinks=sinks)
-        if bool(((positions >= sinks).sum(-1) >= 2).all()):
-            assert torch.equal(policy.victim(view, sinks + 1), evict(policy, view, lengths - 1))
-    assert Streaming(budget=6, sinks=4).victim(view, 4) is None

@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from regard.errors import NotFiniteError, require
+from regard.errors import ArgumentError, NotFiniteError
 from regard.inference.compose import Composed
+from regard.inference.lanes import ABSENT
 from regard.inference.policy import MUST, CachePolicy, LayerView
 
 
@@ -35,22 +36,46 @@ def select(policy: CachePolicy, view: LayerView) -> tuple[Tensor, Tensor]:
     return index, counts
 
 
-def evict(policy: CachePolicy, view: LayerView, target: Tensor) -> Tensor:
+Doubts = list[tuple[CachePolicy, Tensor]]
+"""Policies and their lowest scores (B, H, 1), not yet looked at: a NaN among a lane's scores is its lowest."""
+
+
+def settle(doubts: Doubts) -> None:
+    """Look at them, which waits for the device. Raises NotFiniteError, naming the policy, for a score that is NaN."""
+    if doubts and bool(torch.cat([scores for _, scores in doubts]).isnan().any()):
+        policy = next(policy for policy, scores in doubts if bool(scores.isnan().any()))
+        raise NotFiniteError(f"{policy} scored a key NaN: NaN in keys or queries, or a fault of the policy")
+
+
+def evict(policy: CachePolicy, view: LayerView, target: Tensor, doubts: Doubts | None = None) -> Tensor:
     """(B, H) long: the one slot each lane drops at this step, −1 where it holds no more than `target` (B, H).
 
     `target` is what `policy.limits` said when the store was sealed. The view holds the new entry; its slots may be in
     any order, positions tell them apart. In a composition each lane obeys the part that allows it fewest entries, the
-    first of them on a tie. Raises NotFiniteError, naming the policy, when a score is NaN.
+    first of them on a tie. Raises NotFiniteError, naming the policy, when a score is NaN; given `doubts`, that is put
+    there for `settle` instead, and nothing waits for the device.
     """
+    slot = lowest(policy, replace(view, target=torch.minimum(target, view.lengths)), doubts)
+    return slot.masked_fill(view.lengths <= target, -1)
+
+
+def lowest(policy: CachePolicy, view: LayerView, doubts: Doubts | None = None) -> Tensor:
+    """(B, H) long: the slot that `evict` would drop of each lane, where all are to drop one. view.target is set."""
     if not isinstance(policy, Composed):
-        return _evict(policy, view, target)
-    slot = torch.full_like(view.lengths, -1)
+        return _lowest(policy, view, doubts)
+    slot = torch.zeros_like(view.lengths)
     limits = torch.stack([part.limits(view) for part in policy.parts])
     decides = limits.argmin(0)
     for number, part in enumerate(policy.parts):
         if part.acts == "step":
-            slot = torch.where(decides == number, _evict(part, view, target), slot)
+            slot = torch.where(decides == number, _lowest(part, view, doubts), slot)
     return slot
+
+
+def oldest(positions: Tensor, first: int) -> Tensor:
+    """(B, H) long: the slot of each lane's oldest entry but for the first so many tokens of the row. positions
+    (B, H, L)."""
+    return positions.masked_fill(positions < first, ABSENT).argmin(-1)  # absent ones, −1, are none either
 
 
 def narrow(view: LayerView, index: Tensor, counts: Tensor) -> LayerView:
@@ -82,6 +107,7 @@ def narrow(view: LayerView, index: Tensor, counts: Tensor) -> LayerView:
         last_row=pick(view.last_row),
         visible=visible,
         target=None,
+        limit=None,
     )
 
 
@@ -94,25 +120,20 @@ def _everything(view: LayerView) -> tuple[Tensor, Tensor]:
     return slot.expand(view.positions.shape).masked_fill(~view.exists, 0), view.lengths
 
 
-def _scores(policy: CachePolicy, view: LayerView) -> Tensor:
-    """(B, H, L) of the policy, −inf where a lane has ended."""
-    score = policy.importance(view)
-    shape = tuple(view.positions.shape)
-    require(score.shape == shape, f"{type(policy).__name__}.importance", tuple(score.shape), f"shape {shape}")
-    return score.masked_fill(~view.exists, -torch.inf)
-
-
-def _finite(policy: CachePolicy, bad: Tensor) -> None:
-    if bool(bad):
-        raise NotFiniteError(f"{policy} scored a key NaN: NaN in keys or queries, or a fault of the policy")
+def _scores(policy: CachePolicy, view: LayerView, absent: float) -> Tensor:
+    """(B, H, L) of the policy, `absent` where a lane has ended."""
+    score, shape = policy.importance(view), view.positions.shape
+    if score.shape != shape:
+        raise ArgumentError(f"{type(policy).__name__}.importance", tuple(score.shape), f"shape {tuple(shape)}")
+    return score if view.limit is not None else score.masked_fill(~view.exists, absent)
 
 
 def _select(policy: CachePolicy, view: LayerView) -> tuple[Tensor, Tensor]:
     counts = torch.minimum(policy.counts(view), view.lengths)
     if torch.equal(counts, view.lengths):
         return _everything(view)
-    score = _scores(policy, replace(view, target=counts))
-    _finite(policy, score.isnan().any())
+    score = _scores(policy, replace(view, target=counts), absent=-torch.inf)
+    settle([(policy, score)])
     must = score == MUST
     newer = must.flip(-1).cumsum(-1).flip(-1)  # how many MUST entries there are from here on
     score = score.masked_fill(must & (newer > counts[..., None]), -torch.inf)
@@ -123,14 +144,16 @@ def _select(policy: CachePolicy, view: LayerView) -> tuple[Tensor, Tensor]:
     return index.masked_fill(slot[: index.shape[-1]] >= counts[..., None], 0), counts
 
 
-def _evict(policy: CachePolicy, view: LayerView, target: Tensor) -> Tensor:
-    over = view.lengths > target
-    score = _scores(policy, replace(view, target=torch.minimum(target, view.lengths)))
-    lowest = score.masked_fill(~view.exists, MUST).amin(-1, keepdim=True)
-    _finite(policy, lowest.isnan().any())
-    equal = view.exists & (score == lowest)
-    latest = view.positions.masked_fill(~equal, -1).argmax(-1)  # of equals the earlier stays …
-    oldest = view.positions.masked_fill(~equal, torch.iinfo(view.positions.dtype).max).argmin(
-        -1
-    )  # … but of MUST entries the most recent do
-    return torch.where(lowest[..., 0] == MUST, oldest, latest).masked_fill(~over, -1)
+def _lowest(policy: CachePolicy, view: LayerView, doubts: Doubts | None) -> Tensor:
+    score = _scores(policy, view, absent=MUST)
+    least = score.amin(-1, keepdim=True)
+    if doubts is None:
+        settle([(policy, least)])
+    else:
+        doubts.append((policy, least.detach()))
+    # of equals the earlier position stays; of MUST entries, if there are no others, the most recent do
+    last_to_stay = torch.where(least == MUST, -view.positions, view.positions)
+    others = score != least
+    if view.limit is None:
+        others |= ~view.exists
+    return last_to_stay.masked_fill(others, -ABSENT).argmax(-1)

@@ -12,12 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from regard.errors import StoreError
-from regard.inference.apply import evict, select
+from regard.inference.apply import Doubts, evict, lowest, oldest, select, settle
 from regard.inference.call import AttentionCall
 from regard.inference.observed import Logits, Observed
 from regard.inference.policies.full import Full
 from regard.inference.policy import CachePolicy, LayerView, Needs
 from regard.inference.ragged import PAGE, RaggedKV
+from regard.inference.weighed import attend_weighed
 from regard.kernels.ragged import LaneGroup, ragged_attend
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class Given(NamedTuple):
         return k is self.k() and v is self.v()
 
 
+class Seen(NamedTuple):
+    """What a decoded token attended to, slot by slot: k (B, H, L, Dk), v (B, H, L, Dv), weights (B, H, G, L)."""
+
+    k: Tensor
+    v: Tensor
+    weights: Tensor
+
+
 class KVLayer(CacheLayerMixin):
     """The cache of one attention layer: ragged storage, what its policy asked to observe, and the policy's acts.
 
@@ -57,12 +66,33 @@ class KVLayer(CacheLayerMixin):
         self.sliding_window = sliding_window  # what transformers' own cache would keep of such a layer
         self.storage: RaggedKV | None = None
         self.observed = Observed()
-        self.limits: Tensor | None = None  # (B, H) on the CPU: entries a lane may hold while decoding
+        self._needs, self._weighs = Needs(), False  # what a step needs to see; by the weights of its token?
+        self._slides: int | None = None  # as the policy says
+        self._has_window = False  # do all lanes have room for more than the tokens that it never drops?
+        self._first: int | None = None  # as many of those does every lane hold
+        self.limits = None
+        self.doubts: Doubts = []  # scores of steps, to be looked at when someone waits for the device anyway
+        self._seen: Seen | None = None  # by the newest query
         self.pruned = False
         self.horizon: Tensor | None = None  # (B,) on the CPU: smallest position that may still be held behind a window
         self.watched = 0  # columns when the prompt was last observed for the policy
         self._before: tuple[int, Observed] | None = None  # what was observed before the forward from that column on
         self.record_past = False
+
+    @property
+    def limits(self) -> Tensor | None:
+        """(B, H) on the CPU: entries a lane may hold while decoding; None = as many as come."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Tensor | None) -> None:
+        self._limits = limits
+        self._limit: int | None = None  # of all lanes, if they have one
+        self._limits_there: tuple[Tensor, Tensor] | None = None  # limits, and limits + 1, on the device
+        if limits is not None and limits.numel():
+            least, most = int(limits.min()), int(limits.max())
+            self._limit = least if least == most else None
+            self._has_window = self._slides is not None and least > self._slides
 
     # ---- what transformers calls
 
@@ -117,8 +147,8 @@ class KVLayer(CacheLayerMixin):
         return not self.pruned
 
     def reset(self) -> None:
-        self.storage = self.limits = None
-        self.observed = Observed()
+        self.storage = self.limits = self._seen = None
+        self.observed, self.doubts = Observed(), []
         self.is_initialized = self.pruned = self.record_past = False
         self.horizon, self.watched, self._before = None, 0, None
 
@@ -194,8 +224,12 @@ class KVLayer(CacheLayerMixin):
         self.observed.logits = logits
         batch, heads, _, width = q.shape
         causal = logits.recipe.causal
-        held = storage.side_by_side() if causal and logits.softcap is None and logits.sinks is None else None
-        if held is not None:  # the common case: every head sees all it holds
+        held = storage.side_by_side() if causal else None  # the common case: every head sees all it holds
+        if held is not None and self._weighs and self.store.forward.real is None:
+            out, weights = attend_weighed(q, *held, logits)
+            self._seen = Seen(*held, weights)
+            return out
+        if held is not None and logits.softcap is None and logits.sinks is None:
             stacked = q.reshape(batch, storage.heads, heads // storage.heads, width)
             out = scaled_dot_product_attention(stacked, *held, scale=logits.scale)
             return out.reshape(batch, 1, heads, storage.value_dim)
@@ -263,6 +297,7 @@ class KVLayer(CacheLayerMixin):
 
     def seal(self, policy: CachePolicy) -> None:
         """The prompt has ended: the policy keeps what its budget allows, the rest is freed."""
+        self.settle_doubts()
         if self.storage is None or not bool((self.storage.lengths > 0).any()):
             return
         if not isinstance(policy, Full):  # a budget is for what can still be seen
@@ -273,29 +308,118 @@ class KVLayer(CacheLayerMixin):
             self.storage.keep(index, counts)
             self.pruned = True
         if policy.acts == "step":
-            self.limits = policy.limits(view).cpu()
+            self.allow(policy.limits(view).cpu())
         else:
             self.observed = Observed()
 
+    def allow(self, limits: Tensor) -> None:
+        """From now on a lane holds at most limits (B, H), on the CPU, after each decoded token: the policy steps."""
+        assert self.storage is not None
+        policy = self.store.plan.cache
+        self._needs, self._slides = policy.needs_at(self.number), policy.slides
+        self._weighs = self._needs.last_row or self._needs.column_sums
+        self.limits = limits
+        self._first = None
+        if self._has_window and self.sliding_window is None:
+            assert self._slides is not None
+            positions = self.storage.padded()[2]
+            held = ((positions >= 0) & (positions < self._slides)).sum(-1).cpu()
+            first = held + (self._slides - self.store.counts).clamp_min(0)[:, None]  # those that are still to come
+            if first.numel() and bool((first == first[0, 0]).all()):
+                self._first = int(first[0, 0])
+
+    def settle_doubts(self) -> None:
+        """Raise NotFiniteError where a step met NaN. Steps themselves do not wait for the device to tell: one in 64
+        does."""
+        doubts, self.doubts = self.doubts, []
+        settle(doubts)
+
     def step(self, policy: CachePolicy, q: Tensor, call: AttentionCall | None) -> None:
         """A token was decoded: a policy that acts on steps drops as much as came in."""
-        if self.storage is None or self.limits is None:
+        seen, self._seen = self._seen, None
+        if len(self.doubts) >= PAGE:
+            self.settle_doubts()
+        if self.storage is None or self._limits is None:
             return
-        over = self.storage.lengths > self.limits
-        needs = policy.needs_at(self.number)
-        if needs.any:
+        length, limit = self.storage.uniform, self._limit
+        if length is None or limit is None or not self._sees_all(call, seen):
+            self._step_apart(policy, q, call)
+            return
+        positions = sums = None
+        if self._needs.any:
+            self.observed.token(q, None, self.store)
+        if seen is not None and self._needs.column_sums:
+            positions = self.storage.positions()
+            sums = self.observed.add(seen.weights.sum(2), positions, self.store)
+        if length <= limit:
+            return
+        self.pruned = True
+        if self._first is not None:
+            self.storage.slide(self._first)
+            return
+        positions = self.storage.positions() if positions is None else positions
+        if self._has_window:
+            assert self._slides is not None
+            self.storage.vacate(oldest(positions, self._slides))
+        else:
+            self.storage.vacate(lowest(policy, self._view_alike(positions, seen, sums), self.doubts))
+
+    def _sees_all(self, call: AttentionCall | None, seen: Seen | None) -> bool:
+        """Does the policy need nothing of the token but what it attended to, which was all that the store holds?"""
+        if not self._needs.any:
+            return True
+        logits = self.observed.logits
+        known = seen is not None or not self._weighs
+        return known and call is None and logits is not None and logits.recipe.causal
+
+    def _view_alike(self, positions: Tensor, seen: Seen | None, sums: Tensor | None) -> LayerView:
+        """What `view` shows after a token, where all lanes have one length and one limit, and all of it is seen."""
+        assert self.storage is not None and self._limits is not None
+        pair = seen or self.storage.side_by_side()
+        assert pair is not None
+        if self._limits_there is None:
+            there = self._limits.to(positions.device)
+            self._limits_there = there, there + 1
+        view = LayerView(
+            layer=self.number,
+            layers=self.store.caching_layers,
+            k=pair[0],
+            v=pair[1],
+            positions=positions,
+            lengths=self._limits_there[1],
+            prompt=self.store.prompt.to(positions.device, non_blocking=True),
+            column_sums=sums,
+            target=self._limits_there[0],
+            limit=self._limit,
+        )
+        logits = self.observed.logits
+        if self.observed.window is not None and logits is not None:
+            view.last_queries, view.query_positions = self.observed.window[0], self.store.forward.positions
+            view.scale, view.softcap, view.sinks = logits.scale, logits.softcap, logits.sinks
+        if seen is not None and self._needs.last_row:
+            view.last_row = seen.weights.mean(2)
+        return view
+
+    def _step_apart(self, policy: CachePolicy, q: Tensor, call: AttentionCall | None) -> None:
+        """The step of lanes of different lengths or limits, of latent keys, and under masks of the layer's own."""
+        assert self.storage is not None and self._limits is not None
+        over = self.storage.lengths > self._limits
+        if self._needs.any:
             self.observed.token(q, call, self.store)
         elif not bool(over.any()):
             return
-        view = self.view(sort=False, last_row=needs.last_row)
-        if needs.column_sums:
+        view = self.view(sort=False, last_row=self._needs.last_row)
+        if self._needs.column_sums:
             self.observed.add_token(view, self.store)
-        if bool(over.any()):
-            slot = policy.victim(view, int(self.limits.min()))
-            if slot is None:
-                slot = evict(policy, view, self.limits.to(view.k.device))
-            self.storage.drop(slot, over)
-            self.pruned = True
+        if not bool(over.any()):
+            return
+        self.pruned = True
+        if self._has_window:
+            assert self._slides is not None
+            slot = oldest(view.positions, self._slides)
+        else:
+            slot = evict(policy, view, self._limits.to(view.k.device), self.doubts)
+        self.storage.drop(slot, over)
 
     def fork(self, store: KVStore) -> KVLayer:
         """A copy that shares memory until one of the two is written to."""
@@ -303,7 +427,7 @@ class KVLayer(CacheLayerMixin):
         other.__dict__.update(self.__dict__)
         other.store = store
         other.storage = None if self.storage is None else self.storage.fork()
-        other.observed = replace(self.observed)
+        other.observed, other.doubts = self.observed.fork(), list(self.doubts)
         return other
 
 

@@ -80,6 +80,10 @@ class Scoped(CachePolicy):
     def check_model(self, heads: list[int]) -> None:
         self.policy.check_model(heads)
 
+    @property
+    def slides(self) -> int | None:
+        return self.policy.slides
+
     def importance(self, view: LayerView) -> Tensor:
         if not self.scope.has_layer(view.layer):
             return torch.zeros(view.positions.shape, device=view.positions.device)
@@ -128,6 +132,12 @@ class Composed(CachePolicy):
     def check_model(self, heads: list[int]) -> None:
         for part in self.parts:
             part.check_model(heads)
+
+    @property
+    def slides(self) -> int | None:
+        """Whichever part decides for a lane: all that act on steps must say the same."""
+        said = {part.slides for part in self.parts if part.acts == "step"}
+        return said.pop() if len(said) == 1 else None
 
     def importance(self, view: LayerView) -> Tensor:
         raise NotImplementedError("a composition has no single score: regard.inference.apply runs its parts in order")

@@ -137,6 +137,7 @@ class Group:
         if self._flat is None:
             with plain_tensors():
                 self._flat = Content(*(x.view(-1, *x.shape[2:]) for x in self.content))
+                self._starts = self.order * self.capacity
         return self._flat
 
     def cut(self, start: int, n: int) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,8 @@ class Group:
             self.number(hole, positions, first)
             return
         assert hole is not None
-        slot, flat = self.order * self.capacity + hole, self.flat
+        flat = self.flat
+        slot = self._starts + hole
         flat.k.index_copy_(0, slot, k.reshape(-1, k.shape[3]))
         flat.v.index_copy_(0, slot, v.reshape(-1, v.shape[3]))
         if first is not None:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from regard.errors import StoreError
 from regard.inference import observe
 from regard.inference.call import AttentionCall, MaskRecipe
+from regard.inference.lanes import PAGE, plain_tensors
 from regard.inference.policy import LayerView, Needs
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ class Logits(NamedTuple):
 @dataclass
 class Observed:
     """window: q (B, Hq, W, D) of the last queries and their columns (B, W), −1 = missing. window_weights (B, 1, Hq, W,
-    positions): their weights, where the cached keys are not what they attend to. sums (B, Hkv, positions) float32."""
+    positions): their weights, where the cached keys are not what they attend to. sums (B, Hkv, positions) float32.
+
+    Decoded tokens are added to the sums in place, and make room there for those to come, a page at a time: sums with
+    room belong to one layer alone.
+    """
 
     window: tuple[Tensor, Tensor] | None = None
     window_weights: Tensor | None = None
@@ -60,7 +65,7 @@ class Observed:
 
     def token(self, q: Tensor, call: AttentionCall | None, store: KVStore) -> None:
         """A decoded token q (B, Hq, 1, D); `call` where the model expands keys after caching them."""
-        columns, real = store.forward.q_columns[-1:].expand(q.shape[0], 1), store.forward.real
+        columns, real = store.forward.last_column, store.forward.real
         if real is not None:  # a row's padding asks nothing
             columns = columns.where(real.to(columns.device), -1)
         self.window = (q.detach(), columns)
@@ -69,9 +74,22 @@ class Observed:
 
     def add_token(self, view: LayerView, store: KVStore) -> None:
         """Add the newest query's weights to the sums, and to what the view shows of them."""
-        added = (view.weights(1).sum((2, 3)) * view.exists).float()  # as the prompt's, of float64 keys too
-        self._add(added, view.positions, store)
-        view.column_sums = added if view.column_sums is None else view.column_sums + added
+        view.column_sums = self.add(view.weights(1).sum((2, 3)) * view.exists, view.positions.clamp_min(0), store)
+
+    def add(self, weights: Tensor, at: Tensor, store: KVStore) -> Tensor:
+        """Add a decoded token's weights (B, Hkv, L) at these positions (B, Hkv, L). The sums there, (B, Hkv, L)."""
+        if self.sums is None or self.sums.shape[2] < store.columns_now:
+            with plain_tensors():
+                held = weights.new_zeros((*weights.shape[:2], 0), dtype=torch.float32)
+                held = held if self.sums is None else self.sums
+                self.sums = pad(held, (0, store.columns_now + PAGE - held.shape[2]))
+        self.sums.scatter_add_(2, at, weights.float())  # as the prompt's, of float64 keys too
+        return self.sums.gather(2, at)
+
+    def fork(self) -> Observed:
+        """A copy of its own."""
+        with plain_tensors():
+            return replace(self, sums=None if self.sums is None else self.sums.clone())
 
     def show(self, view: LayerView, store: KVStore, last_row: bool) -> None:
         """Put what was observed into a view, by the positions of its slots."""
@@ -102,7 +120,8 @@ class Observed:
         if self.window is not None:
             self.window = (self.window[0][rows], self.window[1][rows])
         self.window_weights = None if self.window_weights is None else self.window_weights[rows]
-        self.sums = None if self.sums is None else self.sums[rows]
+        with plain_tensors():
+            self.sums = None if self.sums is None else self.sums[rows]
 
     def crop(self, columns: int) -> None:
         """Forget queries from that column on. Raises StoreError where their weights have been added up."""
@@ -112,8 +131,9 @@ class Observed:
             self.window = (self.window[0], self.window[1].masked_fill(self.window[1] >= columns, -1))
 
     def _grown(self, store: KVStore) -> Tensor:
+        """The sums of the columns so far: without room."""
         assert self.sums is not None
-        return pad(self.sums, (0, max(0, store.columns_now - self.sums.shape[2])))
+        return pad(self.sums, (0, store.columns_now - self.sums.shape[2]))
 
     def _add(self, total: Tensor, positions: Tensor, store: KVStore) -> None:
         held = total.new_zeros(*total.shape[:2], store.columns_now) if self.sums is None else self._grown(store).clone()

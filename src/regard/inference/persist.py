@@ -34,7 +34,7 @@ def save(store: KVStore, model: str, path: str | Path) -> None:
         for name, value in layer.storage.state().items():
             tensors[f"layer.{number}.{name}"] = value
         for name, extra in (
-            ("sums", layer.observed.sums),
+            ("sums", None if layer.observed.sums is None else layer.observed.sums[..., : store.columns]),
             ("limits", layer.limits),
             ("horizon", layer.horizon),
         ):
@@ -95,7 +95,9 @@ def _restore(layer: KVLayer, own: dict[str, Tensor], device: torch.device) -> No
     layer.dtype, layer.device = layer.storage.dtype, layer.storage.device
     layer.is_initialized = True
     layer.observed.sums = None if sums is None else sums.to(device)
-    layer.limits, layer.horizon = limits, horizon
+    layer.horizon = horizon
+    if limits is not None:
+        layer.allow(limits)
 
 
 def _states(layer: Any, name: str) -> dict[Any, Tensor]:

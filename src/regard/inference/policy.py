@@ -55,6 +55,7 @@ class LayerView:
     query_positions (B, W) long, −1 = missing; column_sums and last_row (B, H, L) float32 — each None unless needed.
     `weights()` are the softmax weights of last_queries under the layer's own mask, scale, softcap and sinks.
     target (B, H) long: how many entries each lane ends with; set by `apply` before it asks for importance.
+    limit: that number, where it is one for all lanes and every slot holds an entry; None = not known on the host.
     """
 
     layer: int
@@ -76,11 +77,23 @@ class LayerView:
     window_weights: Tensor | None = None
     """(B, H, G, W, L) float32: weights of last_queries where they attend to other than the cached keys (latent)."""
     target: Tensor | None = None
+    limit: int | None = None
 
     @property
     def exists(self) -> Tensor:
         """(B, H, L) bool: slots that hold an entry."""
         return self.positions >= 0
+
+    def recent(self, divisor: int) -> Tensor:
+        """(B, H, L) bool: each lane's most recent target // divisor entries, for a divisor of at least 2."""
+        assert self.target is not None, "asked before apply has set a target"
+        if self.limit is not None:
+            older = self.positions.shape[-1] - self.limit // divisor
+            newest_older = self.positions.kthvalue(older, keepdim=True).values
+        else:
+            newest_first = self.positions.sort(dim=-1, descending=True).values
+            newest_older = newest_first.gather(-1, (self.target // divisor)[..., None])
+        return self.positions > newest_older
 
     def weights(self, last: int) -> Tensor:
         """(B, H, G, last, L): weights of the last `last` queries over this layer's keys, G = query heads per KV head.
@@ -146,10 +159,12 @@ class CachePolicy:
         Where there are more MUST than the lane may keep, the most recent of them stay."""
         raise NotImplementedError
 
-    def victim(self, view: LayerView, least: int) -> Tensor | None:
-        """(B, H) long: the slot whose importance is lowest, where a policy knows it without scoring all; else None.
+    @property
+    def slides(self) -> int | None:
+        """n, where at each step the oldest entry goes but for the first n tokens of the row; None = by importance.
 
-        least: the smallest number of entries that any lane is allowed. The view is as `apply.evict` gets it."""
+        Nothing but speed hangs on it: in a lane that may hold more than n entries, what it names must be what
+        `importance` scores lowest."""
         return None
 
     def counts(self, view: LayerView) -> Tensor:

@@ -188,6 +188,14 @@ class RaggedKV:
         pair = self.side_by_side()
         return None if pair is None else (*pair, self._groups[0].by_row.positions.narrow(2, 0, self.longest))
 
+    def positions(self) -> Tensor:
+        """(B, H, L) long, in storage order; −1 where a lane has ended."""
+        self._settle()
+        length = self.uniform
+        if length is None:
+            return self._positions()
+        return self._groups[0].by_row.positions.narrow(2, 0, length).long()
+
     def padded(self, sort: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Lanes side by side: k (B, H, L, Dk), v (B, H, L, Dv), positions (B, H, L) long, L = the longest lane.
 
@@ -308,9 +316,10 @@ class RaggedKV:
         slot (B, H) long: a slot of `padded(sort=False)`; not looked at, so that nothing waits for the device. Raises
         ArgumentError unless all lanes have one length, at least 1.
         """
-        require(slot.shape == (self.batch, self.heads), "slot", shape_of(slot), f"a shape {(self.batch, self.heads)}")
+        if slot.shape != (self.batch, self.heads):
+            raise ArgumentError("slot", shape_of(slot), f"a shape {(self.batch, self.heads)}")
         self._settle()
-        group = self._alike("slot", shape_of(slot))
+        group = self._alike("slot", "one a lane")
         self._ring = None
         self._vacate(group, slot.reshape(-1))
 

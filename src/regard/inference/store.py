@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,11 @@ class Forward:
     q_columns: Tensor
     first: int | None
     given: list[tuple[KVLayer, Given]] = field(default_factory=list)
+
+    @cached_property
+    def last_column(self) -> Tensor:
+        """(B, 1) long: the column of the last query, in every row."""
+        return self.q_columns[-1:].expand(len(self.positions), 1)
 
 
 class KVStore(Cache):
@@ -220,7 +226,7 @@ class KVStore(Cache):
 
     def seal(self) -> None:
         """End the prompt: every layer keeps what the plan's cache policy chooses within its budget, the rest is
-        freed."""
+        freed. Raises NotFiniteError where a policy has met NaN in keys or queries."""
         if not self.columns:
             raise StoreError("nothing to seal: the store has seen no prompt")
         if self.sealed and self.plan.cache.acts == "seal":
@@ -271,6 +277,8 @@ class KVStore(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write the sealed store as one safetensors file; `attached.load_store(path)` goes on from it."""
+        for layer in self.kv_layers:
+            layer.settle_doubts()
         persist.save(self, self.attached.fingerprint, path)
 
     # ---- what is held

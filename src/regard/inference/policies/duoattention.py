@@ -14,7 +14,7 @@ from torch import Tensor
 from regard.errors import ArgumentError, require
 from regard.inference.budget import UNLIMITED, Budget
 from regard.inference.head_table import HeadTable, packaged_tables
-from regard.inference.policies.streaming import oldest_of_window, sinks_and_recent
+from regard.inference.policies.streaming import sinks_and_recent
 from regard.inference.policy import CachePolicy, LayerView
 from regard.inference.settings import argument, put, whole
 from regard.registry import Paper, register
@@ -97,8 +97,9 @@ class DuoAttention(CachePolicy):
     def importance(self, view: LayerView) -> Tensor:
         return sinks_and_recent(view, self.sinks)
 
-    def victim(self, view: LayerView, least: int) -> Tensor | None:
-        return oldest_of_window(view, self.sinks, least)
+    @property
+    def slides(self) -> int | None:
+        return self.sinks
 
     def counts(self, view: LayerView) -> Tensor:
         return torch.minimum(self.limits(view), view.lengths)

@@ -49,8 +49,4 @@ class H2O(CachePolicy):
 
     def importance(self, view: LayerView) -> Tensor:
         assert view.column_sums is not None, "the policy asked for column_sums"
-        size = view.target if view.target is not None else self.counts(view)
-        recent = (size // 2)[..., None]
-        newest_first = view.positions.sort(dim=-1, descending=True).values
-        edge = newest_first.gather(-1, (recent - 1).clamp_min(0))  # position of the oldest entry that is recent
-        return view.column_sums.masked_fill((view.positions >= edge) & (recent > 0), MUST)
+        return view.column_sums.masked_fill(view.recent(2), MUST)

@@ -73,6 +73,10 @@ class MoA(CachePolicy):
     def importance(self, view: LayerView) -> Tensor:
         return sinks_and_recent(view, self.block)
 
+    @property
+    def slides(self) -> int | None:
+        return self.block
+
     def counts(self, view: LayerView) -> Tensor:
         return torch.minimum(self.limits(view), view.lengths)
 

@@ -28,13 +28,6 @@ def sinks_and_recent(view: LayerView, sinks: int) -> Tensor:
     return score.masked_fill(place == place.amax(-1, keepdim=True), MUST)
 
 
-def oldest_of_window(view: LayerView, sinks: int, least: int) -> Tensor | None:
-    """(B, H) long: what `sinks_and_recent` scores lowest, provided that every lane has a window beside its sinks."""
-    if least <= sinks:
-        return None
-    return view.positions.masked_fill(view.positions < sinks, 2**62).argmin(-1)  # absent slots, −1, are no sinks either
-
-
 @register("streaming", kind="cache", paper=_PAPER, families=("kv-cache", "sparse-inference"), cost="memory O(budget)")
 @dataclass(frozen=True)
 class Streaming(CachePolicy):
@@ -62,5 +55,6 @@ class Streaming(CachePolicy):
     def importance(self, view: LayerView) -> Tensor:
         return sinks_and_recent(view, self.sinks)
 
-    def victim(self, view: LayerView, least: int) -> Tensor | None:
-        return oldest_of_window(view, self.sinks, least)
+    @property
+    def slides(self) -> int | None:
+        return self.sinks
