@@ -8,7 +8,7 @@ import torch
 from regard.errors import ArgumentError, UnsupportedError
 from regard.layers import create
 from regard.layers.swap_attention import SwapAttention, swap_streams
-from regard.patterns import causal, sliding_window
+from regard.patterns import causal, full, sliding_window
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 
@@ -142,3 +142,17 @@ def test_bad_input(argument: str, call) -> None:  # type: ignore[no-untyped-def]
 def test_no_state() -> None:
     with pytest.raises(UnsupportedError, match="videofactory-swap-attention takes no state"):
         make()(streams(3)[0], state=1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_windows_cut_out_are_the_windows_as_a_mask(bias: bool) -> None:
+    """A pattern that allows everything takes the other way; outputs and gradients are those of the cut windows."""
+    layer = make(layout=(4, 6, 4), window=(2, 3, 4), bias=bias)
+    if layer.table is not None:
+        torch.nn.init.normal_(layer.table)
+    x, context = streams(96).requires_grad_()
+    cut, masked = layer(x, context).out, layer(x, context, pattern=full()).out
+    torch.testing.assert_close(cut, masked, **EXACT)
+    wanted = (x, context, *layer.parameters())
+    for one, other in zip(*(torch.autograd.grad(out.sin().sum(), wanted) for out in (cut, masked)), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)

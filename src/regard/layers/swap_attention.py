@@ -5,6 +5,7 @@ Instead of being added, the two streams attend to each other inside 3-D windows,
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from regard.attend import attend
 from regard.errors import require
+from regard.kernels.request import ScoreFunction
 from regard.layers.base import Context, Example, Layer, Output, Padding, Tokens, without_padding
 from regard.patterns import Pattern
 from regard.patterns.axes import Halo
@@ -51,7 +53,8 @@ class SwapAttention(Layer):
     zero_init: W_O starts at 0, so that training starts from the model whose layers these join. norm: a LayerNorm for
     each stream, LN above; False where the streams come normalised. D = dim / heads.
 
-    Only the asking stream has the residual. Without a context x answers itself.
+    Only the asking stream has the residual. Without a context x answers itself. Windows that divide the layout are cut
+    out and attended to one beside the other; with a pattern, key_padding or ragged windows they are a mask.
     A `pattern` restricts further. `swap_streams` says whose turn it is. With a layout, key_padding takes places out of
     the grid, and a pattern means places too: the others keep theirs.
     """
@@ -72,6 +75,7 @@ class SwapAttention(Layer):
         require(layout is not None or window is None, "window", window, "no window without a layout")
         require(layout is not None or not bias, "bias", bias, "no bias without a layout")
         self.windows: AxisProduct | None = None
+        self._inside: AxisProduct | None = None
         self.table: nn.Parameter | None = None
         self.window: tuple[int, ...] = ()
         if layout is not None:
@@ -80,6 +84,7 @@ class SwapAttention(Layer):
             self.window = check_layout(given, "window", 3)
             axes = tuple(Halo(size, w, 0) for size, w in zip(sizes, self.window, strict=True))
             self.windows = AxisProduct(sizes, 0, 0, axes)
+            self._inside = AxisProduct(self.window, 0, 0, tuple(Halo(w, w, 0) for w in self.window))
             if bias:
                 self.table = nn.Parameter(torch.zeros(heads, *(2 * w - 1 for w in self.window)))
         self.x_norm, self.context_norm = (nn.LayerNorm(dim) if norm else nn.Identity() for _ in range(2))
@@ -108,6 +113,9 @@ class SwapAttention(Layer):
             self._split(self.k_proj(answered)),
             self._split(self.v_proj(answered)),
         )
+        if self.windows is not None and pattern is None and key_padding is None and self._divides():
+            out = self._joined(attend(*map(self._cut, (q, k, v)), score=self._score(self._inside)))
+            return Output(x + self.o_proj(out.transpose(1, 2).flatten(2)))
         if self.windows is not None:
             pattern = self.windows if pattern is None else self.windows & pattern
         on_grid = self.windows is not None and key_padding is not None
@@ -116,7 +124,7 @@ class SwapAttention(Layer):
             k,
             v,
             pattern=pattern,
-            score=self._relative if self.table is not None else None,
+            score=self._score(self.windows),
             key_padding=key_padding,
             q_positions=_count(x) if context is not None or on_grid else None,
             kv_positions=_count(source) if on_grid else None,
@@ -131,10 +139,32 @@ class SwapAttention(Layer):
             wanted = f"{self.windows.extent}, the tokens of the layout {self.windows.layout}"
             require(t.shape[1] == self.windows.extent, name, f"{t.shape[1]} tokens", wanted)
 
-    def _relative(self, logits: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def _divides(self) -> bool:
+        assert self.windows is not None
+        return not any(size % w for size, w in zip(self.windows.layout, self.window, strict=True))
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """(B, H, N, D) → (B · windows, H, tokens of a window, D); both orders are row-major."""
+        assert self.windows is not None
+        (wt, wh, ww), (frames, height, width) = self.window, self.windows.layout
+        x = x.unflatten(2, (frames // wt, wt, height // wh, wh, width // ww, ww))
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7, 8).flatten(5, 7).flatten(0, 3)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """What `_cut` made, put back."""
+        assert self.windows is not None
+        counts = [size // w for size, w in zip(self.windows.layout, self.window, strict=True)]
+        x = x.unflatten(2, self.window).unflatten(0, (-1, *counts))
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7, 8).flatten(2, 7)
+
+    def _score(self, grid: AxisProduct | None) -> ScoreFunction | None:
+        """The bias as a score over the positions of a grid."""
+        return None if self.table is None or grid is None else partial(self._relative, grid)
+
+    def _relative(self, grid: AxisProduct, logits: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The logits and the learned number of the relative place; what lies in another window is masked anyway."""
-        assert self.windows is not None and self.table is not None
-        q, k = self.windows.places(i), self.windows.places(j)
+        assert self.table is not None
+        q, k = grid.places(i), grid.places(j)
         apart = [(y - x).clamp(1 - w, w - 1) + (w - 1) for x, y, w in zip(q, k, self.window, strict=True)]
         return logits + self.table[h, apart[0], apart[1], apart[2]].to(logits.dtype)
 
