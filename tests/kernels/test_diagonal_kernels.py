@@ -41,6 +41,15 @@ def test_on_a_gpu(kind: str, dtype: str) -> None:
     check(kind, dtype, interpret=False)
 
 
+def test_long_sequences_are_cut_where_few_programs_would_walk_them() -> None:
+    from regard.kernels.triton.diagonal import cuts
+
+    assert cuts(8192, 128) == 1, "enough programs as it is"
+    assert cuts(1000, 2) == 1, "too short"
+    assert cuts(262144, 64) == 8
+    assert cuts(4096, 4) == 4, "pieces of no fewer than 1024 tokens"
+
+
 def test_what_the_kernels_refuse_is_said_with_who_serves_it() -> None:
     x = torch.zeros(1, 1, 3, 4)
     with pytest.raises(UnsupportedError, match=r"run on CUDA.*executor='torch' serves it"):
