@@ -80,6 +80,8 @@ def test_weights_are_those_of_the_card_and_cover_everything(kind: str, pool: Poo
 
 def test_worked_examples() -> None:
     assert regions_of("fixed", 5, 12) == ([4, 5], [[0, 1, 2, 3]])
+    assert regions_of("fixed", 11, 12) == ([8, 9, 10, 11], [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert regions_of("fixed", 2, 12) == ([0, 1, 2], [])
     zero = torch.zeros(1, 1, 12, 2, dtype=torch.float64)
     eye = torch.eye(12, dtype=torch.float64)[None, None]
     weights = run("fixed", zero, zero, eye, Pooling())[0, 0, 11]

@@ -43,6 +43,16 @@ def test_gathered_is_dense(block: int, halo: int, relative: bool) -> None:
         torch.testing.assert_close(one, other, **EXACT)
 
 
+def test_flex_with_the_relative_logits_as_its_score() -> None:
+    layer = make().float()
+    x = image(5, 6).float()
+    q, k, v = (t.detach() for t in layer.project(x))
+    flat, score = (t.flatten(2, 3) for t in (q, k, v)), layer.relative_score(q)
+    with torch.no_grad():
+        out = attend(*flat, pattern=layer.dense_pattern(), score=score, scale=1.0, backend="flex")
+        torch.testing.assert_close(layer.o_proj(out.transpose(1, 2).flatten(2)), layer(x).out, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("layout", "stride"), [((4, 8), 2), ((5, 6), 2), ((7, 9), 4)])
 def test_downsampling_is_the_full_layer_at_fewer_places(layout: tuple[int, int], stride: int) -> None:
     full, fewer = make(layout=layout, block=4), make(layout=layout, block=4, stride=stride)

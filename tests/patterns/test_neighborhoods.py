@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.patterns.grid_cases import by_axes, layouts, neighborhood_axis, neighborhood_settings, sees, with_others
 from tests.patterns.test_pattern_tiles import check_random_ranges
 
+from regard.attend import attend, merge
 from regard.errors import ArgumentError, UnsupportedError
 from regard.patterns import causal, faster_neighborhood_attention, full, halonet, neighborhood, per_head
 from regard.patterns.simulator import simulate
@@ -42,17 +43,22 @@ from regard.patterns.simulator import simulate
         ({"window": 5, "stride": 2}, 5, range(3, 8)),
         ({"window": 5, "stride": 2}, 6, range(5, 10)),
         ({"window": 5, "stride": 2}, 1, range(5)),
+        ({"window": 5, "stride": 2}, 0, range(5)),
         ({"window": 5, "stride": 2}, 11, range(7, 12)),
         ({"window": 4, "stride": 2}, 5, range(3, 7)),
+        ({"window": 4, "stride": 2}, 4, range(3, 7)),
         ({"window": 4, "stride": 2}, 6, range(5, 9)),
         ({"window": 4, "stride": 2}, 0, range(4)),
         ({"window": 4, "stride": 4}, 4, range(4, 8)),
+        ({"window": 4, "stride": 4}, 5, range(4, 8)),
         ({"window": 4, "stride": 4}, 6, range(4, 8)),
         ({"window": 4, "stride": 4}, 11, range(8, 12)),
         ({"window": 6, "stride": 3}, 4, range(1, 7)),
+        ({"window": 6, "stride": 3}, 5, range(1, 7)),
         ({"window": 6, "stride": 3}, 6, range(4, 10)),
         ({"window": 6, "stride": 3}, 11, range(6, 12)),
         ({"window": 5, "stride": 5}, 4, range(5)),
+        ({"window": 5, "stride": 5}, 5, range(5, 10)),
         ({"window": 5, "stride": 5}, 6, range(5, 10)),
         ({"window": 5, "stride": 5}, 11, range(7, 12)),
         ({"window": 4, "stride": 2, "causal": True}, 4, (2, 3, 4)),
@@ -182,7 +188,7 @@ def test_speedup_of_the_headline() -> None:
     assert p.cost(4096, tile=(8, 8), heads=2).speedup_bound == pytest.approx(64 / 9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data(), layout=layouts())
 def test_simulator_is_a_count_of_tiles(data: st.DataObject, layout: tuple[int, ...]) -> None:
     chosen = [data.draw(neighborhood_settings(size)) for size in layout]
@@ -204,6 +210,45 @@ def test_simulator_is_a_count_of_tiles(data: st.DataObject, layout: tuple[int, .
     assert said.most == int((allowed > 0).sum(1).max())
     assert said.entries == int(dense.sum()) and said.tile_entries == int(every[allowed > 0].sum())
     assert said.all_entries == p.extent**2
+
+
+def test_a_ring_of_as_many_keys_as_a_causal_window_spans_is_enough() -> None:
+    """Decoding token by token needs the last (window − 1) · dilation + 1 keys, and no fewer."""
+    for window, dilation in ((1, 1), (4, 1), (3, 2), (4, 5)):
+        n, ring = 24, (window - 1) * dilation + 1
+        p = neighborhood(n, window, dilation=dilation, causal=True)
+        back = [q - k for q in range(n) for k in sees(p, q, n)]
+        assert max(back) == ring - 1 and min(back) == 0
+        q, k, v = torch.randn(3, 1, 2, n, 4, dtype=torch.float64)
+        for at in (0, 5, n - 1):
+            held = torch.arange(max(0, at - ring + 1), at + 1)
+            step = attend(
+                q[:, :, [at]],
+                k[:, :, held],
+                v[:, :, held],
+                pattern=p,
+                q_positions=torch.tensor([[at]]),
+                kv_positions=held[None],
+            )
+            torch.testing.assert_close(step, attend(q, k, v, pattern=p)[:, :, [at]], rtol=0, atol=1e-12)
+
+
+def test_text_beside_the_grid_is_a_second_attention_merged_in() -> None:
+    """Grid queries: the window, and dense attention over the text, merged by log-sum-exp. Text queries: everything."""
+    before, after = 3, 2
+    p = neighborhood((4, 6), (3, 4), stride=(1, 2), before=before, after=after)
+    n = p.extent
+    q, k, v = torch.randn(3, 1, 2, n, 4, dtype=torch.float64)
+    grid = torch.arange(before, n - after)
+    text = torch.tensor([i for i in range(n) if i not in grid])
+    alone = neighborhood((4, 6), (3, 4), stride=(1, 2))
+    parts = [
+        attend(q[:, :, grid], k[:, :, grid], v[:, :, grid], pattern=alone, return_lse=True),
+        attend(q[:, :, grid], k[:, :, text], v[:, :, text], return_lse=True),
+    ]
+    out = attend(q, k, v, pattern=p)
+    torch.testing.assert_close(out[:, :, grid], merge(parts)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(out[:, :, text], attend(q, k, v)[:, :, text], rtol=0, atol=1e-12)
 
 
 def test_it_combines_with_others_and_by_head() -> None:

@@ -251,6 +251,36 @@ def test_ee_mllm_without_visual_queries() -> None:
     torch.testing.assert_close(out[:, :, VISUAL], values[:, :, VISUAL], rtol=0, atol=1e-12)
 
 
+def test_ee_mllm_images_are_computed_once_for_all_prompts() -> None:
+    """Through two layers: visual states are the same whatever is asked, so their keys and values can be kept."""
+    from regard.attend import attend
+
+    visual = torch.arange(9) < 5
+    p, maps = ee_mllm(visual), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    image, *prompts = torch.randn(3, 1, 1, 5, 4, dtype=torch.float64)
+
+    def states(x: Tensor) -> Tensor:
+        out = []
+        for q, k, v in maps:
+            out += [x @ k, x @ v]
+            x = x + attend(x @ q, x @ k, x @ v, pattern=p)
+        return torch.stack([*out, x])
+
+    one, other = (states(torch.cat([image, prompt[:, :, :4]], 2)) for prompt in prompts)
+    assert torch.equal(one[..., :5, :], other[..., :5, :]) and not torch.equal(one[..., 5:, :], other[..., 5:, :])
+
+
+def test_ee_mllm_text_does_not_mind_the_order_of_visual_tokens() -> None:
+    """Visual tokens that move together with their positions leave the text's output as it was."""
+    from regard.attend import attend
+
+    q, k, v = torch.randn(3, 1, 2, 12, 4, dtype=torch.float64)
+    text, order = (~VISUAL).nonzero()[:, 0], torch.tensor([0, 3, 1, 4, 2, *range(5, 12)])
+    want = attend(q, k, v, pattern=ee_mllm(VISUAL))[:, :, text]
+    asked = {"pattern": ee_mllm(VISUAL), "q_positions": text[None], "kv_positions": order[None]}
+    torch.testing.assert_close(attend(q[:, :, text], k[:, :, order], v[:, :, order], **asked), want, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("square", "percent"), [(False, (13.0, 16.5, 20.7, 23.9)), (True, (17.7, 23.6, 24.9, 30.4))])
 def test_ee_mllm_saves_the_operations_that_it_says(square: bool, percent: tuple[float, ...]) -> None:
     shape = {"text": 64, "dim": 4096, "hidden": 11008}
@@ -276,6 +306,15 @@ def test_next_block_prediction_sets() -> None:
     assert p.cost(11).entries == 2**2 + sum(3 * (2 + 3 * (c + 1)) for c in range(3))
     field = receptive_field([p] * 4, 11)
     assert not field[2:5, 5:].any() and not field[5:8, 8:].any(), "a block never learns of a later one"
+
+
+def test_next_block_prediction_with_a_padded_condition() -> None:
+    """allowed = a valid condition token, or no later block, the queries of the condition seeing the condition alone."""
+    valid = torch.arange(11) != 1
+    p = next_block_prediction(3, 3, 9) & tokens(valid[:9])
+    assert [seen(p, 9, q) for q in (0, 2, 3, 5, 6, 8)] == [{0, 2}] * 2 + [{0, 2, 3, 4, 5}] * 2 + [
+        {0, 2, 3, 4, 5, 6, 7, 8}
+    ] * 2
 
 
 def test_bamm_sets() -> None:
