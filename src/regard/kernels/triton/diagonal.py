@@ -73,7 +73,7 @@ def chunk_size(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What all scans of a call share. sums: running sums of the log decays (B, H, N), None where there are none."""
+    """What all scans of a call share. sums: of the log decays, (chunks, H, C), or None where there are none."""
 
     pieces: Pieces
     chunk: int
@@ -84,10 +84,10 @@ def prepare(q: Tensor, g: Tensor | None, pieces: Pieces, chunk: int) -> Work:
     """One pass over the decays (B, H, N), parallel in all chunks."""
     if g is None:
         return Work(pieces, chunk)
-    batch, heads, n, _ = q.shape
-    sums = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
-    grid = (pieces.longest, heads, pieces.table.shape[0])
-    running_sums[grid](g, sums, pieces.table, *g.stride(), heads, n, C=chunk, num_warps=1)
+    heads = q.shape[1]
+    sums = torch.empty(pieces.chunks, heads, chunk, dtype=torch.float32, device=q.device)
+    if pieces.chunks * heads:
+        running_sums[(pieces.chunks, heads)](g, sums, pieces.each, *g.stride(), heads, C=chunk, num_warps=1)
     return Work(pieces, chunk, sums)
 
 

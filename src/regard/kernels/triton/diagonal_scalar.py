@@ -22,34 +22,34 @@ from regard.kernels.triton.loads import tile
 
 
 @triton.jit
-def running_sums(G, Sums, Pieces, sgb, sgh, sgn, heads, length, C: tl.constexpr):
-    """Sums (B, H, N) float32: Σ of the log decays G (B, H, N), in base 2, from a chunk's first token to each."""
-    n, h, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = tl.load(Pieces + piece * 4).to(tl.int64)
-    at = tl.load(Pieces + piece * 4 + 1) + n * C + tl.arange(0, C)
-    inside = at < tl.load(Pieces + piece * 4 + 2)
-    g = tl.load(G + row * sgb + h.to(tl.int64) * sgh + at.to(tl.int64) * sgn, mask=inside, other=0.0).to(tl.float32)
+def running_sums(G, Sums, Table, sgb, sgh, sgn, heads, C: tl.constexpr):
+    """Sums (chunks, H, C) float32: Σ of the log decays G (B, H, N), in base 2, from a chunk's first token to each, the
+    last repeated where there are no more; Table (chunks, 3): batch row, first token, end."""
+    chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row, c = tl.load(Table + chunk * 3).to(tl.int64), tl.arange(0, C)
+    at = tl.load(Table + chunk * 3 + 1) + c
+    inside = at < tl.load(Table + chunk * 3 + 2)
+    g = tl.load(G + row * sgb + h * sgh + at.to(tl.int64) * sgn, mask=inside, other=0.0).to(tl.float32)
     b = tl.cumsum(tl.maximum(g * 1.4426950408889634, -160.0), 0)
-    tl.store(Sums + (row * heads + h) * length + at, b, mask=inside)
+    tl.store(Sums + (chunk * heads + h) * C + c, b)
 
 
 @triton.jit
-def _gates(sums, at, index, begin, end, C: tl.constexpr):
-    """Of the chunk at token `at`, or the nearest there is: (running sums, their last), repeated beyond the end."""
-    at = tl.minimum(tl.maximum(at, begin), end - 1)
-    total = tl.load(sums + tl.minimum(at + C, end) - 1)
-    return tl.load(sums + tl.minimum(at + index, end - 1)), total
+def _gates(sums, turn, chunks, heads, index, C: tl.constexpr):
+    """Of chunk number `turn` of a piece, or the nearest there is: (running sums, their last)."""
+    there = sums + tl.minimum(tl.maximum(turn, 0), chunks - 1).to(tl.int64) * heads * C
+    return tl.load(there + index), tl.load(there + C - 1)
 
 
 @triton.jit
-def _counting(sums, begin, end, C: tl.constexpr, REVERSE: tl.constexpr):
+def _counting(sums, chunks, heads, C: tl.constexpr, REVERSE: tl.constexpr):
     """(how many of the last chunks that a piece walks still count in the state that it leaves, its whole decay in base
     2). Those before are multiplied by 2^−160, zero in float32, or less."""
-    chunks, whole, counting = tl.cdiv(end - begin, C), 0.0, 0
+    whole, counting = 0.0, 0
     for first in range(0, chunks, 128):
         n = first + tl.arange(0, 128)  # counted from the last that is walked
         turn = n if REVERSE else chunks - 1 - n
-        total = tl.load(sums + tl.minimum(begin + turn * C + C, end) - 1, mask=n < chunks, other=0.0)
+        total = tl.load(sums + turn.to(tl.int64) * heads * C + C - 1, mask=n < chunks, other=0.0)
         behind = whole + tl.cumsum(total, 0) - total
         counting += tl.sum(((n < chunks) & (behind > -160.0)).to(tl.int32), 0)
         whole += tl.sum(total, 0)
@@ -66,8 +66,8 @@ def scan_scalar(
 ):  # fmt: skip
     """One piece of one head, BV value columns.
 
-    Q, K (B, H, N, DK), V, Out, Beside (B, H, N, DV) by strides; Sums (B, H, N) and Start, Final (pieces, H, DK, DV)
-    float32 and contiguous; Pieces as `pieces.Pieces` says. OUT: outputs are wanted, not the state alone. That
+    Q, K (B, H, N, DK), V, Out, Beside (B, H, N, DV) by strides; Sums (chunks, H, C) and Start, Final (pieces, H, DK,
+    DV) float32 and contiguous; Pieces as `pieces.Pieces` says. OUT: outputs are wanted, not the state alone. That
     comes with Left (pieces, H), what the piece leaves of a state before it, and without reading what is forgotten.
     DOTS: Dots (blocks of BV, B, H, N) gets Σ_d out·Beside, float32, before `out` is rounded.
     """
@@ -82,22 +82,24 @@ def scan_scalar(
     if START:
         state = tl.load(Start + entry, mask=held, other=0.0)
     q_base, k_base, v_base = Q + row * sqb + h * sqh, K + row * skb + h * skh, V + row * svb + h * svh
-    sums, out_base = Sums + (row * heads + h) * length, Out + row * sob + h * soh
+    sums = Sums + (tl.load(Pieces + piece * 4 + 3).to(tl.int64) * heads + h) * C
+    out_base = Out + row * sob + h * soh
     x_base, line = Beside + row * sxb + h * sxh, Dots + block * sdv + row * sdb + h * length
     chunks = tl.cdiv(end - begin, C)
-    step = -C if REVERSE else C
     whole, walked = 0.0, chunks
     if DECAY:
         if not OUT:
-            walked, whole = _counting(sums, begin, end, C, REVERSE)
-    first = begin + ((walked - 1) * C if REVERSE else (chunks - walked) * C)
+            walked, whole = _counting(sums, chunks, heads, C, REVERSE)
+    step = -1 if REVERSE else 1
+    first = (walked - 1) if REVERSE else (chunks - walked)
     if DECAY:
-        b, total = _gates(sums, first, c, begin, end, C)
+        b, total = _gates(sums, first, chunks, heads, c, C)
     for n in tl.range(0, walked, num_stages=STAGES):
-        at = first + n * step
+        turn = first + n * step
+        at = begin + turn * C
         k, v = tile(k_base, at, skn, c, dk, end, DK), tile(v_base, at, svn, c, dv, end, DV)
         if DECAY:  # those of the next chunk are on their way while this one is worked on
-            next_b, next_total = _gates(sums, at + step, c, begin, end, C)
+            next_b, next_total = _gates(sums, turn + step, chunks, heads, c, C)
             read, write = tl.exp2(total - b if REVERSE else b), tl.exp2(b if REVERSE else total - b)
         if OUT:
             q = tile(q_base, at, sqn, c, dk, end, DK)

@@ -14,15 +14,13 @@ from torch import Tensor
 class Pieces:
     """table (pieces, 4) int32: batch row, first token, end, number of its first chunk. All pieces of a sequence follow
     one another. split: into how many pieces each sequence is cut; packed documents are not. chunks: how many there are;
-    longest: how many the longest piece has; tokens: of the longest sequence. each (chunks, 3) int32: batch row, first
-    token, end.
+    tokens: of the longest sequence. each (chunks, 3) int32: batch row, first token, end.
     """
 
     table: Tensor
     each: Tensor
     split: int
     chunks: int
-    longest: int
     tokens: int
 
     @property
@@ -48,7 +46,7 @@ def _pieces(rows: list[tuple[int, int, int]], split: int, tokens: int, chunk: in
         before += size
     held = torch.tensor(table, dtype=torch.int32, device=device).view(-1, 4)
     cut = torch.tensor(each, dtype=torch.int32, device=device).view(-1, 3)
-    return Pieces(held, cut, split, before, max(sizes, default=0), tokens)
+    return Pieces(held, cut, split, before, tokens)
 
 
 @lru_cache(maxsize=64)
