@@ -192,5 +192,8 @@ def test_what_is_undefined_is_refused() -> None:
         layer(x, state=state)
     with pytest.raises(ArgumentError, match="segment_size: got 0"):
         create("combiner", dim=8, heads=2, segment_size=0)
+    for name in ("segment_size", "own_region", "weigh_by_size"):
+        with pytest.raises(ArgumentError, match=f"^{name}: got 1.5"):
+            create("combiner", dim=8, heads=2, **{name: 1.5})
     with pytest.raises(UnknownNameError, match="did you mean logsparse"):
         create("combiner", dim=8, heads=2, regions="logspase")

@@ -130,6 +130,7 @@ def test_memory_is_that_of_windows() -> None:
         ("stride", lambda: make(block=4, stride=3)),
         ("heads", lambda: HaloAttention(8, 3, layout=(4, 4))),
         ("head_dim", lambda: make(head_dim=0)),
+        ("relative", lambda: make(relative=2)),
         ("x", lambda: make()(image(5, 5))),
     ],
 )

@@ -122,6 +122,8 @@ def test_dropout_only_while_training() -> None:
         ("reach", lambda: make(-1)),
         ("heads", lambda: SpanGridAttention(8, 8)),
         ("dropout", lambda: make(dropout=1.0)),
+        ("dropout", lambda: make(dropout="half")),
+        ("swapped", lambda: make(swapped=None)),
         ("x", lambda: make(1)(cells(4, 1)[:, :-1])),
         ("key_padding", lambda: make(1)(cells(4, 1), key_padding=torch.arange(12).expand(2, 12) > 0)),
         ("key_padding", lambda: make(1)(cells(3, 1), key_padding=(torch.arange(9) // 3 != 1).expand(2, 9))),

@@ -129,6 +129,8 @@ def test_default_window() -> None:
         ("window", lambda: SwapAttention(8, 2, window=(1, 1, 1))),
         ("bias", lambda: SwapAttention(8, 2, bias=True)),
         ("layout", lambda: SwapAttention(8, 2, layout=(2, 2))),
+        ("zero_init", lambda: SwapAttention(8, 2, zero_init=0)),
+        ("norm", lambda: SwapAttention(8, 2, norm="layer")),
         ("window", lambda: SwapAttention(8, 2, layout=(2, 2, 3), window=(0, 1, 1))),
         ("x", lambda: make(layout=(2, 2, 3))(streams(11)[0])),
         ("context", lambda: make(layout=(2, 2, 3))(streams(12)[0], streams(13)[0])),

@@ -83,5 +83,7 @@ def test_rows_on_two_devices_with_a_halo() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ArgumentError, match=r"^radius: got 0"):
         clear((4, 4), 0)
+    with pytest.raises(ArgumentError, match=r"^text: got -1"):
+        clear((4, 4), 2, text=-1)
     with pytest.raises(ArgumentError, match=r"^m: got 15; allowed: 16, the tokens of the layout: 4 × 4"):
         clear((4, 4), 2).dense(15)

@@ -49,6 +49,8 @@ def test_rule_and_tiles(data: st.DataObject, layout: tuple[int, ...], seed: int)
     [
         ("block", lambda: halonet(12, 0, 1)),
         ("halo", lambda: halonet(12, 2, -1)),
+        ("halo", lambda: halonet(12, 2, 1.5)),
+        ("halo", lambda: halonet((4, 4), 2, None)),
         ("halo", lambda: halonet((4, 4), 2, (1, 1, 1))),
         ("m", lambda: halonet((4, 4), 2, 1).dense(12)),
     ],

@@ -358,6 +358,7 @@ def test_tokens_beside_a_window() -> None:
         (lambda: s2_attention(4, local=0), "local: got 0"),
         (lambda: s2_attention(4, dense=5), "dense: got 5; allowed: at most the 4"),
         (lambda: moa_mixture_of_sparse_attention([]), "rules"),
+        (lambda: moa_mixture_of_sparse_attention(None), "rules: got None"),
         (lambda: moa_mixture_of_sparse_attention([(1, -0.5)]), "beta: got -0.5"),
         (lambda: moa_mixture_of_sparse_attention([(math.inf, 0)]), "alpha: got inf"),
         (lambda: longlora(2, 5), "group: got 5; allowed: an even number"),

@@ -152,6 +152,7 @@ def test_long_maps_take_time_of_blocks() -> None:
         ("sink", lambda: radial_attention(4, 4, sink=1)),
         ("m", lambda: radial_attention(4, 4).dense(15)),
         ("decay", lambda: radial_blocks(4, 4, decay=0.0)),
+        ("decay", lambda: radial_blocks(4, 4, decay="1")),
         ("block", lambda: radial_blocks(4, 4, block=0)),
     ],
 )

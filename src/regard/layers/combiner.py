@@ -11,6 +11,7 @@ from regard.errors import UnknownNameError, require
 from regard.layers.base import Context, Example, Layer, Output, Padding, Tokens, without_padding
 from regard.layers.combiner_regions import Pool, Pooling, Summaries, axial, fixed, logsparse
 from regard.patterns import Pattern, causal, full
+from regard.patterns.algebra import at_least, true_or_false
 from regard.registry import Paper, mechanism
 
 PAPER = Paper("Combiner: Full Attention Transformer with Sparse Computation Cost", "Ren et al.", 2021, "2107.05768")
@@ -77,7 +78,9 @@ class Combiner(Layer):
     ) -> None:
         super().__init__(dim, heads)
         require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
-        require(isinstance(segment_size, int) and segment_size >= 1, "segment_size", segment_size, "an int ≥ 1")
+        at_least("segment_size", segment_size, 1)
+        true_or_false("own_region", own_region)
+        true_or_false("weigh_by_size", weigh_by_size)
         for name, value, known in (("regions", regions, Regions), ("pool", pool, Pool), ("summary", summary, Map)):
             if value not in get_args(known):
                 raise UnknownNameError(name, str(value), get_args(known))

@@ -12,7 +12,7 @@ from regard.attend import attend
 from regard.errors import UnknownNameError, require
 from regard.layers.base import Context, Example, Layer, Output, Padding, Tokens, without_padding
 from regard.patterns import Pattern, full, halonet
-from regard.patterns.algebra import at_least
+from regard.patterns.algebra import at_least, true_or_false
 from regard.patterns.halos import HALONET
 from regard.patterns.order import check_layout
 from regard.registry import mechanism
@@ -44,7 +44,8 @@ class HaloAttention(Layer):
     (the paper: 8 and 3). A map that is no multiple of the block is filled up at bottom and right; what is filled up is
     never a query. stride: only every stride-th row and column asks, in place of a strided layer: out is
     (B, ⌈height/stride⌉·⌈width/stride⌉, C); a divisor of the block. relative: False leaves q·(row + col) out.
-    border: "mask" = places outside the map are not seen; "zero" = they have k = v = 0, and still take their share.
+    border: "mask" = places outside the map are not seen (ours); "zero" = they have k = v = 0, and still take their
+    share (the paper pads with zeros).
     head_dim: D, None = dim / heads (the paper: 16).
 
     key_padding (B, N) takes places out of the map; the others keep theirs. Keys are gathered block by block, so memory
@@ -69,6 +70,7 @@ class HaloAttention(Layer):
         at_least("block", block, 1)
         at_least("halo", halo, 0)
         at_least("stride", stride, 1)
+        true_or_false("relative", relative)
         require(block % stride == 0, "stride", stride, f"a divisor of the block, {block}")
         if border not in get_args(Border):
             raise UnknownNameError("border", str(border), get_args(Border))

@@ -16,6 +16,7 @@ from regard.errors import require
 from regard.kernels.request import ScoreFunction
 from regard.layers.base import Context, Example, Layer, Output, Padding, Tokens, without_padding
 from regard.patterns import Pattern
+from regard.patterns.algebra import true_or_false
 from regard.patterns.axes import Halo
 from regard.patterns.grid import AxisProduct
 from regard.patterns.order import check_layout
@@ -72,6 +73,8 @@ class SwapAttention(Layer):
     ) -> None:
         super().__init__(dim, heads)
         require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
+        for name, flag in (("bias", bias), ("zero_init", zero_init), ("norm", norm)):
+            true_or_false(name, flag)
         require(layout is not None or window is None, "window", window, "no window without a layout")
         require(layout is not None or not bias, "bias", bias, "no bias without a layout")
         self.windows: AxisProduct | None = None

@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "And", "BlockMap", "Cost", "Not", "Or", "Pattern", "at_least"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "And", "BlockMap", "Cost", "Not", "Or", "Pattern", "at_least", "true_or_false"]
 
 
 def at_least(argument: str, value: object, least: int) -> None:
     """Raise ArgumentError unless `value` is an int of at least `least`."""
     allowed = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(allowed, argument, repr(value), f"an int ≥ {least}")
+
+
+def true_or_false(argument: str, value: object) -> None:
+    """Raise ArgumentError unless `value` is a bool."""
+    require(isinstance(value, bool), argument, repr(value), "True or False")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
-from regard.patterns.algebra import at_least
+from regard.patterns.algebra import at_least, true_or_false
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +111,7 @@ class Neighborhood(Stretches):
     def __post_init__(self) -> None:
         for name in ("window", "stride", "dilation"):
             at_least(name, getattr(self, name), 1)
-        require(isinstance(self.causal, bool), "causal", repr(self.causal), "True or False")
+        true_or_false("causal", self.causal)
         reach = f"window {self.window} × dilation {self.dilation}"
         fits = self.window * self.dilation <= self.size
         require(fits, "window", f"{reach} on an axis of {self.size}", "a window × dilation of at most the axis")

@@ -126,6 +126,7 @@ def _flags(memory: Tensor | Iterable[int], frames: int) -> Tensor:
         fits = memory.dtype == torch.bool and tuple(memory.shape) == (frames,)
         require(fits, "memory", given, f"torch.bool of shape ({frames},), or numbers of frames")
         return memory
+    require(isinstance(memory, Iterable), "memory", repr(memory), "numbers of frames, or a bool tensor")
     out = torch.zeros(frames, dtype=torch.bool)
     for frame in memory:
         if not isinstance(frame, int) or isinstance(frame, bool) or not 0 <= frame < frames:

@@ -65,9 +65,11 @@ def clear(layout: int | tuple[int, ...], radius: int, *, text: int = 0) -> Patte
     """Image tokens see those nearer than `radius` (strictly; cut at the border); text sees all and is seen by all.
 
     `text` tokens first, then the image of layout (height, width), row-major. One axis or three work the same (ours).
-    The paper's radii are 8, 16 and 32. Raises ArgumentError for radius < 1.
+    The paper's radii are 8, 16 and 32. Its down-sampled variant, where image tokens also see pooled keys, is
+    `regard.layers.clear_pooling`. Raises ArgumentError for radius < 1.
 
     >>> clear((3, 3), 2).dense(9).sum(-1)[0, 0].tolist()  # radius 2 is the 3 × 3 square
     [4, 6, 4, 6, 9, 6, 4, 6, 4]
     """
+    at_least("text", text, 0)
     return Disk(check_layout(layout), text, 0, radius)

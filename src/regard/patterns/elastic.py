@@ -84,8 +84,9 @@ def moa_mixture_of_sparse_attention(rules: Sequence[Rule], *, group: int = 1, bl
     [[1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]]
     """
     at_least("group", group, 1)
-    pairs = all(isinstance(rule, (tuple, list)) and len(rule) == 2 for rule in rules)
-    require(len(rules) > 0 and pairs, "rules", rules, "a pair (alpha, beta) for each KV head")
+    listed = isinstance(rules, Sequence) and len(rules) > 0
+    pairs = listed and all(isinstance(rule, (tuple, list)) and len(rule) == 2 for rule in rules)
+    require(pairs, "rules", rules, "a pair (alpha, beta) for each KV head")
     heads: list[Pattern] = []
     for alpha, beta in rules:
         elastic = ElasticWindow(alpha, beta, block)

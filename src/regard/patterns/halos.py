@@ -42,7 +42,8 @@ def halonet(
     """
     sizes = check_layout(layout)
     blocks = check_layout((block,) * len(sizes) if isinstance(block, int) else block, "block", len(sizes))
-    halos = (halo,) * len(sizes) if isinstance(halo, int) else tuple(halo)
-    require(len(halos) == len(sizes), "halo", halo, f"one for all, or {len(sizes)} of them")
+    halos = (halo,) * len(sizes) if isinstance(halo, int) else halo
+    listed = isinstance(halos, tuple | list) and len(halos) == len(sizes)
+    require(listed, "halo", repr(halo), f"an int ≥ 0 for all axes, or {len(sizes)} of them")
     axes = tuple(Halo(*axis) for axis in zip(sizes, blocks, halos, strict=True))
     return AxisProduct(sizes, before, after, axes)

@@ -43,9 +43,10 @@ def _neighborhood(
         check_layout((x,) * len(sizes) if isinstance(x, int) else x, name, len(sizes))
         for name, x in (("window", window), ("stride", stride), ("dilation", dilation))
     )
-    flags = (causal,) * len(sizes) if isinstance(causal, bool) else tuple(causal)
-    right = len(flags) == len(sizes) and all(isinstance(flag, bool) for flag in flags)
-    require(right, "causal", causal, f"True or False, or {len(sizes)} of them")
+    flags = (causal,) * len(sizes) if isinstance(causal, bool) else causal
+    listed = isinstance(flags, tuple | list) and len(flags) == len(sizes)
+    right = listed and all(isinstance(flag, bool) for flag in flags)
+    require(right, "causal", repr(causal), f"True or False, or {len(sizes)} of them")
     axes = zip(sizes, windows, strides, dilations, flags, strict=True)
     return AxisProduct(sizes, before, after, tuple(Neighborhood(*axis) for axis in axes))
 

@@ -42,7 +42,7 @@ class Region(NamedTuple):
 def check_layout(layout: object, argument: str = "layout", axes: int | None = None) -> tuple[int, ...]:
     """One to three sizes ≥ 1, as a tuple; an int is one axis. Raises ArgumentError."""
     sizes = (layout,) if isinstance(layout, int) else layout
-    wanted = f"{axes} sizes, one for each axis" if axes else "one to three sizes ≥ 1"
+    wanted = f"{axes} size{'s' if axes > 1 else ''} ≥ 1, one for each axis" if axes else "one to three sizes ≥ 1"
     ok = isinstance(sizes, tuple | list) and (len(sizes) == axes if axes else 1 <= len(sizes) <= 3)
     require(ok, argument, repr(layout), wanted)
     assert isinstance(sizes, tuple | list)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
-from regard.patterns.algebra import Pattern, at_least
+from regard.patterns.algebra import Pattern, at_least, true_or_false
 from regard.patterns.block_layouts import BlockLayout
 from regard.patterns.grid import OnGrid
 from regard.patterns.order import Box, Coordinates
@@ -34,7 +34,7 @@ class Radial(OnGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(isinstance(self.sink, bool), "sink", repr(self.sink), "True or False")
+        true_or_false("sink", self.sink)
 
     def grid_rule(self, q: Coordinates, k: Coordinates) -> Tensor:
         s = self.layout[1]
@@ -138,7 +138,8 @@ def radial_blocks(
     """
     for name, value, least in (("frames", frames, 1), ("tokens", tokens, 1), ("text", text, 0), ("block", block, 1)):
         at_least(name, value, least)
-    require(0 < decay <= 1, "decay", decay, "a number above 0, at most 1")
+    number = isinstance(decay, (int, float)) and not isinstance(decay, bool) and 0 < decay <= 1
+    require(number, "decay", repr(decay), "a number above 0, at most 1")
     width = tokens if next_frame is None else next_frame
     at_least("next_frame", width, 0)
     video = frames * tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import ArgumentError, require
-from regard.patterns.algebra import Pattern, at_least
+from regard.patterns.algebra import Pattern, at_least, true_or_false
 from regard.patterns.tiles import answer
 from regard.registry import Paper, register
 
@@ -36,7 +37,7 @@ class Scales(Pattern):
         require(ok, "sides", repr(self.sides), "at least one side of a scale")
         for side in self.sides:
             at_least("sides", side, 1)
-        require(isinstance(self.across, bool), "across", repr(self.across), "True or False")
+        true_or_false("across", self.across)
 
     @property
     def extent(self) -> int:
@@ -85,4 +86,4 @@ def m_var(sides: tuple[int, ...] = SIDES, *, across: bool = False) -> Pattern:
     >>> m_var((1, 2), across=True).dense(5).int()[0, 0].tolist()[:2]
     [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     """
-    return Scales(sides if isinstance(sides, tuple) else tuple(sides), across)
+    return Scales(tuple(sides) if isinstance(sides, Sequence) else sides, across)
