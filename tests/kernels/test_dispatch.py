@@ -101,7 +101,7 @@ def test_the_reference_on_a_gpu_is_announced_once(monkeypatch: pytest.MonkeyPatc
     d._announce_expensive(Large(), "sdpa", [("flex", "other")])
 
 
-@pytest.mark.parametrize(("compiling", "first"), [(False, "triton"), (True, "flex")])
+@pytest.mark.parametrize(("compiling", "first"), [(False, "hopper"), (True, "flex")])
 def test_on_a_gpu_what_skips_tiles_leads(monkeypatch: pytest.MonkeyPatch, compiling: bool, first: str) -> None:
     class OnGpu:
         is_cuda = True

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from regard.kernels.request import Request
 from regard.patterns import full
+
+if TYPE_CHECKING:
+    from regard.kernels.triton.tile_lists import Tiles
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,6 +28,17 @@ def refuses(request: Request) -> str | None:
         return "triton is not installed"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "its kernels run on CUDA (or anywhere, slowly, under TRITON_INTERPRET=1)"
+    for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
+        if size not in HEAD_DIMS:
+            return f"{name}'s head dim is {size}; it takes {', '.join(map(str, HEAD_DIMS))}"
+    if q.dtype not in DTYPES:
+        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {q.dtype}"
+    return unserved(request)
+
+
+def unserved(request: Request) -> str | None:
+    """What no block-sparse kernel of ours takes, whatever the machine; None for a request without it."""
+    q = request.q
     for name in ("score", "normalizer", "softcap", "exists"):
         if getattr(request, name) is not None:
             return f"it takes no {'key padding or missing keys' if name == 'exists' else name}"
@@ -30,35 +46,41 @@ def refuses(request: Request) -> str | None:
         return "it takes no positions of their own"
     if q.shape[2] > request.k.shape[2]:
         return f"{q.shape[2]} queries are more than {request.k.shape[2]} keys"
-    for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
-        if size not in HEAD_DIMS:
-            return f"{name}'s head dim is {size}; it takes {', '.join(map(str, HEAD_DIMS))}"
-    if q.dtype not in DTYPES:
-        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {q.dtype}"
     if request.scale <= 0:
         return f"scale is {request.scale}; it takes a positive one"
     return None
+
+
+def tiles_for(request: Request) -> Callable[[tuple[int, int]], Tiles]:
+    """From a block to the lists of the request's pattern."""
+    from regard.kernels.triton.tile_lists import tiles_of
+
+    q, m = request.q, request.k.shape[2]
+    pattern = request.pattern if request.pattern is not None else full()
+
+    def tiles(block: tuple[int, int]) -> Tiles:
+        return tiles_of(pattern, q.shape[2], m, batch=q.shape[0], heads=q.shape[1], block=block, device=q.device)
+
+    return tiles
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same with one more logit per head, sinks (Hq,), whose value is zero."""
+    if sinks is None:
+        return out, lse
+    sinks = sinks.to(lse.dtype)[None, :, None]
+    return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
 
 
 @torch.compiler.disable  # its launches are Python's; torch.compile goes on around it
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) float32."""
     from regard.kernels.triton.block_sparse import LONG, LONG_ROW, SHORT, BlockSparse, launches
-    from regard.kernels.triton.tile_lists import Tiles, tiles_of
 
     q, k, v = request.q, request.k, request.v
-    pattern = request.pattern if request.pattern is not None else full()
-
-    def tiles(block: tuple[int, int]) -> Tiles:
-        n, m = q.shape[2], k.shape[2]
-        return tiles_of(pattern, n, m, batch=q.shape[0], heads=q.shape[1], block=block, device=q.device)
-
+    tiles = tiles_for(request)
     how = launches(max(q.shape[3], v.shape[3]), q.dtype)
     if how.forward == SHORT and tiles(SHORT.block).touched * k.shape[2] >= LONG_ROW:
         how = replace(how, forward=LONG)
     out, lse = BlockSparse.apply(q, k, v, tiles, request.scale, how)
-    if request.sinks is not None:
-        sinks = request.sinks.to(lse.dtype)[None, :, None]
-        out = (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
-        lse = torch.logaddexp(lse, sinks)
-    return out, lse
+    return with_sinks(out, lse, request.sinks)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import UnknownNameError, UnsupportedError
-from regard.kernels import block_sparse, flex, sdpa
+from regard.kernels import block_sparse, flex, hopper_sparse, sdpa
 from regard.kernels.reference import attention as reference
 from regard.kernels.request import Request
 
@@ -28,7 +28,7 @@ class Executor(Protocol):
 
 # A new executor is one more entry here and a place in `preference`.
 EXECUTORS: MappingProxyType[str, Executor] = MappingProxyType(
-    {"reference": reference, "sdpa": sdpa, "flex": flex, "triton": block_sparse}
+    {"reference": reference, "sdpa": sdpa, "flex": flex, "triton": block_sparse, "hopper": hopper_sparse}
 )
 
 _EXPENSIVE = 1 << 24  # logits per head from which the reference on a GPU is announced
@@ -59,8 +59,8 @@ def preference(request: Request) -> tuple[tuple[str, ...], str]:
     if logits <= _SMALL:
         return ("sdpa", "flex", "reference"), "so small a mask is cheaper to draw than a kernel is to compile"
     if torch.compiler.is_compiling():
-        return ("flex", "triton", "sdpa", "reference"), "torch compiles flex together with what is around it"
-    return ("triton", "flex", "sdpa", "reference"), "it skips empty tiles and compiles nothing per pattern"
+        return ("flex", "hopper", "triton", "sdpa", "reference"), "torch compiles flex together with what is around it"
+    return ("hopper", "triton", "flex", "sdpa", "reference"), "it skips empty tiles and compiles nothing per pattern"
 
 
 def choose(request: Request, backend: str) -> Explanation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +27,8 @@ class TileLists:
     """For every block of one side, the blocks of the other side to visit.
 
     start (R, blocks, 4) int32: first and end of its runs of FULL tiles, then first and end of its PARTIAL tiles; R
-    counts
-    the distinct masks over batch rows and heads. first, count int32: the runs, of neighbouring blocks. other, slot
-    int32: the PARTIAL tiles, their block and their place in the bits.
+    counts the distinct masks over batch rows and heads. first, count int32: the runs, of neighbouring blocks. other,
+    slot int32: the PARTIAL tiles, their block and their place in the bits.
     """
 
     start: Tensor
@@ -40,6 +40,13 @@ class TileLists:
     @property
     def blocks(self) -> int:
         return self.start.shape[1]
+
+    @property
+    def visits(self) -> Tensor:
+        """(R, blocks) long: how many tiles each block visits."""
+        run, run_end, part, part_end = self.start.long().unbind(-1)
+        up_to = torch.nn.functional.pad(self.count.long().cumsum(0), (1, 0))
+        return up_to[run_end] - up_to[run] + part_end - part
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +64,21 @@ class Tiles:
     mask_of: Tensor
     touched: float
 
+    @cached_property
+    def bits_by_key(self) -> Tensor:
+        """uint8 (P, BN, BM // 8): the PARTIAL tiles transposed, in the order in which `by_key` lists them.
+
+        (`by_query` lists them in the order of `bits`.)"""
+        parts, bm, bytes_a_row = self.bits.shape
+        out = self.bits.new_empty(parts, bytes_a_row * 8, bm // 8)
+        eight = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        step = max(1, ENTRIES // (bm * bytes_a_row * 8))
+        for s in range(0, parts, step):
+            chosen = self.bits[self.by_key.slot[s : s + step].long()]
+            entries = ((chosen[..., None] >> eight) & 1).flatten(2).mT.unflatten(2, (-1, 8))
+            out[s : s + step] = (entries << eight).sum(-1, dtype=torch.uint8)
+        return out
+
 
 _kept: OrderedDict[tuple[object, ...], tuple[Pattern, Tiles]] = OrderedDict()
 
@@ -65,29 +87,15 @@ def tiles_of(
     pattern: Pattern, n: int, m: int, *, batch: int, heads: int, block: tuple[int, int], device: torch.device
 ) -> Tiles:
     """The lists of a pattern over n queries, the last of m positions, and m keys. Made once per pattern and shape."""
-    key = (
-        pattern,
-        tuple(id(t) for t in pattern.tensors()),
-        n,
-        m,
-        batch if pattern.batched else 1,
-        heads,
-        block,
-        device,
-    )
+    key = (pattern, tuple(id(t) for t in pattern.tensors()), n, m, batch, heads, block, device)
     if key in _kept:
         _kept.move_to_end(key)
     else:
-        _kept[key] = (
-            pattern,
-            _build(pattern, n, m, batch, heads, block, device),
-        )  # the pattern keeps its tensors' ids taken
+        tiles = _build(pattern, n, m, batch, heads, block, device)
+        _kept[key] = pattern, tiles  # the pattern keeps its tensors' ids taken
         if len(_kept) > KEPT:
             _kept.popitem(last=False)
-    tiles = _kept[key][1]
-    if len(tiles.mask_of) != batch * heads:
-        return Tiles(tiles.by_query, tiles.by_key, tiles.bits, tiles.mask_of.repeat(batch), tiles.touched)
-    return tiles
+    return _kept[key][1]
 
 
 def _build(
@@ -106,11 +114,12 @@ def _build(
     bits = _bits(pattern, partial, of_head, groups, n, m, block, max(m - n, 0))
     index = torch.tensor(of_head, dtype=torch.int32, device=device)
     base = torch.arange(rows, dtype=torch.int32, device=device)[:, None] * groups
+    mask_of = (base + index).expand(batch, -1).flatten().contiguous()
     return Tiles(
         _lists(kinds, slots),
         _lists(kinds.transpose(1, 2), slots.transpose(1, 2)),
         bits,
-        (base + index).flatten().contiguous(),
+        mask_of,
         float((kinds != EMPTY).float().mean((1, 2)).view(rows, groups)[:, of_head].mean()),
     )
 

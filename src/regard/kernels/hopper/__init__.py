@@ -1,0 +1,1 @@
+"""Block-sparse attention for Hopper GPUs in Gluon: tensor memory copies, asynchronous products, specialised warps."""

@@ -1,0 +1,244 @@
+"""Block-sparse attention on Hopper, backward: dk and dv of a block of 128 keys, from the queries that see it.
+
+Everything lies as (keys, queries): Pᵀ = exp(scale · K Qᵀ − lse), dV = Pᵀ dO, dK = scale · (Pᵀ ∘ (V dOᵀ − δ)) Q, over
+all query heads of the group. −lse / scale and −δ are where the products' sums begin, so that they cost nothing.
+
+A block that many queries see (a sink) would keep one multiprocessor busy long after the others. Its tiles are dealt out
+in pieces; a piece leaves its sums in float32, and `add_pieces` adds them in order: results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from regard.kernels.hopper.parts import (
+    allowed,
+    barriers,
+    copy_in,
+    copy_out,
+    following,
+    lists_of,
+    load_words,
+    meet,
+    operand,
+    preceding,
+    product,
+)
+
+
+@gluon.jit
+def backward_keys(
+    q_desc, d_desc, base_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc, Pieces, Work,
+    Start, First, Count, Other, Words, MaskOf, heads, group, blocks, works, scale, natural_scale,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dk (B, Hkv, M, D) and dv (B, Hkv, M, DV), or a piece of them, (128, D + DV) float32, in Pieces.
+
+    Work (works, 4) int32: key head · blocks + block; its first and its end tile, counted over the group's heads, of
+    each the PARTIAL ones first; the piece to write, −1 where these are all tiles.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BM, D], q_desc.layout)
+    d_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BM, DV], d_desc.layout)
+    base_smem = gl.allocate_shared_memory(gl.float32, [SLOTS, 1, BM], base_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [SLOTS, 1, BM], delta_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, DV], v_desc.layout)
+    bars = (barriers(1, 1), barriers(1, 2), barriers(SLOTS, 1), barriers(SLOTS, 2))
+    fence_async_shared()
+    UPPER: gl.constexpr = 0
+    LOWER: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_differentiate, (UPPER, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, dk_desc, dv_desc, bars,
+                              Pieces, Work, Start, Count, Words, MaskOf, heads, group, blocks, works, scale,
+                              natural_scale, BM, BN, D, DV, SLOTS)),
+            (_differentiate, (LOWER, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, dk_desc, dv_desc, bars,
+                              Pieces, Work, Start, Count, Words, MaskOf, heads, group, blocks, works, scale,
+                              natural_scale, BM, BN, D, DV, SLOTS)),
+            (_load, (q_desc, d_desc, base_desc, delta_desc, k_desc, v_desc, q_smem, d_smem, base_smem, delta_smem,
+                     k_smem, v_smem, bars, Work, Start, First, Count, Other, MaskOf, heads, group, blocks, works,
+                     BM, BN, SLOTS)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load(
+    q_desc, d_desc, base_desc, delta_desc, k_desc, v_desc, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, bars,
+    Work, Start, First, Count, Other, MaskOf, heads, group, blocks, works,
+    BM: gl.constexpr, BN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    held, released, full, free = bars
+    kv_heads = heads // group
+    slot, phase, held_phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for w in range(gl.program_id(0), works, gl.num_programs(0)):
+        place, first, end = gl.load(Work + 4 * w), gl.load(Work + 4 * w + 1), gl.load(Work + 4 * w + 2)
+        kv_head, block = place // blocks, place % blocks
+        b, hk = kv_head // kv_heads, kv_head % kv_heads
+        mbarrier.wait(released.index(0), held_phase ^ 1)
+        held_phase ^= 1
+        mbarrier.expect(held.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+        for half in gl.static_range(2):
+            at = [b, hk, block * BN + half * 64, 0]
+            copy_in(k_desc, at, held.index(0), k_smem.index(half))
+            copy_in(v_desc, at, held.index(0), v_smem.index(half))
+        before = gl.to_tensor(0)  # tiles met, those of other pieces too
+        for g in range(0, group):
+            h = hk * group + g
+            run, run_end, part, part_end = lists_of(Start, MaskOf, b * heads + h, block, blocks)
+            for t in range(part + gl.maximum(first - before, 0), part + gl.minimum(end - before, part_end - part)):
+                _load_tile(
+                    q_desc, d_desc, base_desc, delta_desc, q_smem, d_smem, base_smem, delta_smem, full, free,
+                    b, h, b * heads + h, gl.load(Other + t) * BM, slot, phase,
+                )  # fmt: skip
+                slot, phase = following(slot, phase, SLOTS)
+            before += part_end - part
+            for r in range(run, run_end):
+                count = gl.load(Count + r)
+                begin = gl.load(First + r)
+                for i in range(gl.maximum(first - before, 0), gl.minimum(end - before, count)):
+                    _load_tile(
+                        q_desc, d_desc, base_desc, delta_desc, q_smem, d_smem, base_smem, delta_smem, full, free,
+                        b, h, b * heads + h, (begin + i) * BM, slot, phase,
+                    )  # fmt: skip
+                    slot, phase = following(slot, phase, SLOTS)
+                before += count
+
+
+@gluon.jit
+def _load_tile(
+    q_desc, d_desc, base_desc, delta_desc, q_smem, d_smem, base_smem, delta_smem, full, free, b, h, head, i, slot, phase
+):
+    mbarrier.wait(free.index(slot), phase ^ 1)
+    bar = full.index(slot)
+    mbarrier.expect(bar, q_desc.block_type.nbytes + d_desc.block_type.nbytes + 2 * base_desc.block_type.nbytes)
+    copy_in(q_desc, [b, h, i, 0], bar, q_smem.index(slot))
+    copy_in(d_desc, [b, h, i, 0], bar, d_smem.index(slot))
+    copy_in(base_desc, [head, i], bar, base_smem.index(slot))
+    copy_in(delta_desc, [head, i], bar, delta_smem.index(slot))
+
+
+@gluon.jit
+def _differentiate(
+    half: gl.constexpr, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, dk_desc, dv_desc, bars, Pieces, Work,
+    Start, Count, Words, MaskOf, heads, group, blocks, works, scale, natural_scale,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """64 keys of each block."""
+    held, released, full, free = bars
+    kv_heads = heads // group
+    slot, phase, held_phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    k = k_smem.index(half).reshape([64, D])
+    v = v_smem.index(half).reshape([64, DV])
+    for w in range(gl.program_id(0), works, gl.num_programs(0)):
+        place, first, end = gl.load(Work + 4 * w), gl.load(Work + 4 * w + 1), gl.load(Work + 4 * w + 2)
+        piece = gl.load(Work + 4 * w + 3)
+        kv_head, block = place // blocks, place % blocks
+        b, hk = kv_head // kv_heads, kv_head % kv_heads
+        dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, product(D)))
+        dv = warpgroup_mma_init(gl.zeros([64, DV], gl.float32, product(DV)))
+        mbarrier.wait(held.index(0), held_phase)
+        held_phase ^= 1
+        before = gl.to_tensor(0)
+        begun = place < 0  # no tile yet whose slot is still in use
+        for g in range(0, group):
+            run, run_end, part, part_end = lists_of(Start, MaskOf, b * heads + hk * group + g, block, blocks)
+            for t in range(part + gl.maximum(first - before, 0), part + gl.minimum(end - before, part_end - part)):
+                words = load_words(Words, t, half, BN, BM)
+                dk, dv, slot, phase = _step(
+                    k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, begun, dk, dv, scale, words,
+                    True, BM, D, DV, SLOTS,
+                )  # fmt: skip
+                begun = place >= 0
+            before += part_end - part
+            for r in range(run, run_end):
+                count = gl.load(Count + r)
+                for _ in range(gl.maximum(first - before, 0), gl.minimum(end - before, count)):
+                    dk, dv, slot, phase = _step(
+                        k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, begun, dk, dv, scale, 0,
+                        False, BM, D, DV, SLOTS,
+                    )  # fmt: skip
+                    begun = place >= 0
+                before += count
+        sum_k, sum_v = warpgroup_mma_wait(0, deps=(dk, dv))
+        mbarrier.arrive(free.index(preceding(slot, SLOTS)), pred=begun)
+        sum_k = sum_k * natural_scale
+        if piece >= 0:
+            rows = piece.to(gl.int64) * BN + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, product(D)))
+            gl.store(Pieces + rows[:, None] * (D + DV) + gl.arange(0, D, gl.SliceLayout(0, product(D)))[None, :], sum_k)
+            rows = piece.to(gl.int64) * BN + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, product(DV)))
+            dims = D + gl.arange(0, DV, gl.SliceLayout(0, product(DV)))
+            gl.store(Pieces + rows[:, None] * (D + DV) + dims[None, :], sum_v)
+        else:
+            k.store(sum_k.to(k.dtype))  # the keys and values are not needed any more
+            v.store(sum_v.to(v.dtype))
+            fence_async_shared()
+            meet()
+            at = [b, hk, block * BN + half * 64, 0]
+            copy_out(dk_desc, at, k_smem.index(half))
+            copy_out(dv_desc, at, v_smem.index(half))
+            tma.store_wait(0)
+        mbarrier.arrive(released.index(0))
+
+
+@gluon.jit
+def _step(
+    k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, begun, dk, dv, scale, words,
+    MASK: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Add one tile. The products of the one before may still run when this begins, and this one's when it ends."""
+    q = q_smem.index(slot).reshape([BM, D])
+    d = d_smem.index(slot).reshape([BM, DV])
+    zero = gl.zeros([64, BM], gl.float32, product(BM))
+    mbarrier.wait(full.index(slot), phase)
+    base = base_smem.index(slot).reshape([BM]).load(gl.SliceLayout(0, product(BM)))
+    s = warpgroup_mma(k, q.permute((1, 0)), zero + gl.expand_dims(base, 0), is_async=True)
+    delta = delta_smem.index(slot).reshape([BM]).load(gl.SliceLayout(0, product(BM)))
+    dweights = warpgroup_mma(v, d.permute((1, 0)), zero + gl.expand_dims(delta, 0), is_async=True)
+    s, dk, dv = warpgroup_mma_wait(1, deps=(s, dk, dv))
+    mbarrier.arrive(free.index(preceding(slot, SLOTS)), pred=begun)
+    weights = gl.exp2(s * scale)
+    if MASK:
+        weights = gl.where(allowed(words, BM), weights, 0.0)
+    dv = warpgroup_mma(gl.convert_layout(weights.to(k.dtype), operand(DV)), d, dv, is_async=True)
+    dweights = warpgroup_mma_wait(1, deps=(dweights,))
+    dk = warpgroup_mma(gl.convert_layout((weights * dweights).to(k.dtype), operand(D)), q, dk, is_async=True)
+    slot, phase = following(slot, phase, SLOTS)
+    return dk, dv, slot, phase
+
+
+@triton.jit
+def add_pieces(
+    Pieces, Cut, DK, DVal, sgb, sgh, sgn, swb, swh, swn, m, kv_heads, blocks,
+    BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of the blocks that were cut. Cut (cuts, 3) int32: key head · blocks + block, first and end piece."""
+    cut = Cut + tl.program_id(0) * 3
+    place, first, end = tl.load(cut), tl.load(cut + 1), tl.load(cut + 2)
+    head, block = place // blocks, place % blocks
+    b, hk = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    ds, dv = tl.arange(0, D), tl.arange(0, DV)
+    sum_k, sum_v = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, DV], tl.float32)
+    for piece in range(first, end):
+        at = Pieces + (piece.to(tl.int64) * BN + row[:, None]) * (D + DV)
+        sum_k += tl.load(at + ds[None])
+        sum_v += tl.load(at + D + dv[None])
+    j = block * BN + row
+    inside, at = (j < m)[:, None], j[:, None].to(tl.int64)
+    tl.store(DK + b * sgb + hk * sgh + at * sgn + ds[None], sum_k.to(DK.dtype.element_ty), mask=inside)
+    tl.store(DVal + b * swb + hk * swh + at * swn + dv[None], sum_v.to(DVal.dtype.element_ty), mask=inside)
