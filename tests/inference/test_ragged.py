@@ -96,6 +96,19 @@ def slide(store: RaggedKV, model: Model, rng: random.Random) -> None:
         store.slide(n)
 
 
+def slide_some(store: RaggedKV, model: Model, rng: random.Random, length: int | None = None) -> None:
+    """Lanes of one length lose their n-th entry, where the store can."""
+    length = rng.choice([1, *(n for row in model.lengths for n in row)]) if length is None else length
+    active = store.lengths == length
+    if length and bool(active.any()) and store.together(active):
+        n = min(rng.choice((2, 2, 2, 0)), length - 1)
+        store.slide(n, active)
+        for b, row in enumerate(model.lanes):
+            for h, lane in enumerate(row):
+                if active[b, h]:
+                    del lane[n]
+
+
 def vacate(store: RaggedKV, model: Model, rng: random.Random) -> None:
     if store.uniform:
         order = storage_order(store)
@@ -175,7 +188,7 @@ def check(store: RaggedKV, model: Model) -> None:
 
 STEPS = (
     *("one", "one", "many", "page", "padded", "keep", "keep alike", "drop", "drop all", "crop", "select", "repeat"),
-    *("slide", "slide", "vacate", "step"),
+    *("slide", "slide", "vacate", "step", "slide some", "step some"),
 )
 
 
@@ -201,6 +214,13 @@ def act(step: str, store: RaggedKV, model: Model, rng: random.Random) -> None:
             for _ in range(rng.randint(1, 9)):
                 append(store, model, rng, 1, padding=False)
                 slide(store, model, rng)
+        case "slide some":
+            slide_some(store, model, rng)
+        case "step some":
+            length = rng.choice([n for row in model.lengths for n in row] or [0])
+            for _ in range(rng.randint(1, 9)):
+                append(store, model, rng, 1, padding=False)
+                slide_some(store, model, rng, length + 1)
         case "crop":
             crop(store, model, rng)
         case "select":
@@ -524,6 +544,7 @@ def test_bad_arguments_are_named() -> None:
         "limit": lambda: store.crop(torch.tensor([1, 2])),
         "n of slide": lambda: store.slide(4),
         "slot of vacate": lambda: store.vacate(one[0]),
+        "active of slide": lambda: store.slide(0, torch.tensor([[True, False]])),
         "n": lambda: store.repeat_rows(0),
         "heads": lambda: RaggedKV(1, 0, KEY, VALUE, torch.float32, "cpu"),
     }.items():

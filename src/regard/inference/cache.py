@@ -408,18 +408,26 @@ class KVLayer(CacheLayerMixin):
             self.observed.token(q, call, self.store)
         elif not bool(over.any()):
             return
+        elif self._first is not None and self.storage.together(over):
+            self.storage.slide(self._first, over)
+            self.pruned = True
+            return
+        elif self._has_window:
+            assert self._slides is not None
+            self.storage.drop(oldest(self.storage.positions(), self._slides), over)
+            self.pruned = True
+            return
         view = self.view(sort=False, last_row=self._needs.last_row)
         if self._needs.column_sums:
             self.observed.add_token(view, self.store)
-        if not bool(over.any()):
-            return
-        self.pruned = True
-        if self._has_window:
-            assert self._slides is not None
-            slot = oldest(view.positions, self._slides)
-        else:
-            slot = evict(policy, view, self._limits.to(view.k.device), self.doubts)
-        self.storage.drop(slot, over)
+        if bool(over.any()):
+            if self._has_window:
+                assert self._slides is not None
+                slot = oldest(view.positions, self._slides)
+            else:
+                slot = evict(policy, view, self._limits.to(view.k.device), self.doubts)
+            self.storage.drop(slot, over)
+            self.pruned = True
 
     def fork(self, store: KVStore) -> KVLayer:
         """A copy that shares memory until one of the two is written to."""

@@ -70,8 +70,11 @@ class Group:
     """Lanes of one capacity. Lengths are known on the host and replaced, never changed, so they may be handed out.
 
     lanes (G,) long on the CPU, ascending: row · H + head. lanes_there, rows, heads, order (0 … G−1): the same
-    on the device. hole: the slot below `longest` + 1 that holds no entry, of every lane (int) or of each (G,) on the
-    device; None = entries fill the slots below their lane's length. Only complete groups of one length have holes.
+    on the device.
+    hole: the slot below `longest` + 1 that holds no entry, of every lane (int) or, in a complete group, of each (G,) on
+    the device; None = entries fill the slots below their lane's length. Only groups of one length have holes.
+    ring (n, oldest): every lane's slots are in order of position, but that from slot n on they are a ring which begins
+    at slot `oldest`; n = oldest: in order throughout. None = nothing is known.
     """
 
     def __init__(self, content: Content, lanes: Tensor, lengths: Tensor, heads: int, complete: bool) -> None:
@@ -82,6 +85,7 @@ class Group:
         self.order = torch.arange(len(lanes), device=device)
         self._shape = (len(lanes) // heads, heads, self.capacity)
         self.hole: int | Tensor | None = None
+        self.ring: tuple[int, int] | None = None
         self._by_row: Content | None = None
         self._flat: Content | None = None
         self._frames: tuple[tuple[Tensor, tuple[int, ...], int, int], ...] | None = None
@@ -95,6 +99,7 @@ class Group:
         self._lengths = (lengths, 0)
         self._lengths_there = (lengths.to(self.order.device, non_blocking=True), 0)
         self._ahead = NEVER  # other slots than the next ones may have been written to
+        self.ring = None
 
     def grow(self, n: int) -> None:
         """Every lane is longer by n. Nothing is computed until a length is asked for: this runs at every token."""
@@ -174,16 +179,10 @@ class Group:
         """These slots hold no entry from now on."""
         self.hole, self._ahead = hole, NEVER
 
-    def fill(self, k: Tensor, v: Tensor, positions: Tensor, first: int | None) -> None:
-        """Put one token into every lane's hole: k (B, H, 1, Dk), v (B, H, 1, Dv), positions (B, 1); first as above."""
-        hole, self.hole = self.hole, None
-        if isinstance(hole, int):
-            to_k, to_v = self.cut(hole, 1)
-            to_k.copy_(k)
-            to_v.copy_(v)
-            self.number(hole, positions, first)
-            return
-        assert hole is not None
+    def fill(self, hole: Tensor, k: Tensor, v: Tensor, positions: Tensor, first: int | None) -> None:
+        """Put a token into these slots (G,) of a complete group: k (B, H, 1, Dk), v (B, H, 1, Dv), positions (B, 1).
+
+        first: that the position is this one in every row."""
         flat = self.flat
         slot = self._starts + hole
         flat.k.index_copy_(0, slot, k.reshape(-1, k.shape[3]))

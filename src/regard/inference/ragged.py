@@ -47,7 +47,6 @@ class RaggedKV:
         self.batch, self.heads, self.key_dim, self.value_dim = batch, heads, key_dim, value_dim
         self.dtype, self.device = dtype, torch.empty(0, device=device).device
         self._sorted = True  # every lane's slots are in order of position
-        self._ring: tuple[int, int] | None = None  # (n, oldest): so they are when from slot n on one begins at `oldest`
         self._lengths: Tensor | None = None
         lanes = torch.arange(batch * heads)
         with plain_tensors():
@@ -105,19 +104,21 @@ class RaggedKV:
         self._lengths = None
 
     def _append_all(self, k: Tensor, v: Tensor, positions: Tensor, first: int | None) -> None:
-        new, first_group = k.shape[2], self._groups[0]
-        if first_group.hole is not None and new == 1:
-            first_group.own()
-            first_group.fill(k, v, positions, first)
-            first_group.grow(1)
-            return
-        self._settle()
-        self._ring = None
+        new = k.shape[2]
+        if new > 1:
+            self._settle()
         if any(g.longest + new > g.capacity for g in self._groups):
             self._regroup(self._fitting(self.lengths.view(-1) + new))
         for group in self._groups:
             group.own()
-            start = group.uniform
+            hole, group.hole = group.hole, None
+            if isinstance(hole, Tensor):
+                group.fill(hole, k, v, positions, first)
+                group.grow(1)
+                continue
+            if hole is None and group.ring is not None and group.ring[0] != group.ring[1]:
+                group.ring = None
+            start = group.uniform if hole is None else hole
             if start is not None and group.complete:
                 to_k, to_v = group.cut(start, new)
                 to_k.copy_(k)
@@ -272,7 +273,6 @@ class RaggedKV:
             active = here >= 0
         require(active.shape == lanes, "active", shape_of(active), f"a shape {lanes}")
         self._settle()
-        self._ring = None
         everyone = bool(active.all())
         held = all(g.shortest > 0 for g in self._groups) or bool((self.lengths > 0)[active].all())
         require(held, "active", active.tolist(), "lanes that hold entries")
@@ -285,6 +285,7 @@ class RaggedKV:
             chosen = slice(None) if everyone else which
             last = group.lengths_there[chosen] - 1
             group.content.write(which, slot[group.lanes_there[chosen]], group.content.at(which, last))
+            group.ring = None
             if everyone:
                 group.grow(-1)
             else:
@@ -293,22 +294,30 @@ class RaggedKV:
         self._lengths = None
         self._release()
 
-    def slide(self, n: int) -> None:
-        """Every lane loses the oldest of its entries but the first n, in place: the next token takes its slot.
+    def together(self, active: Tensor) -> bool:
+        """May these lanes (B, H), bool on the CPU, `slide`? Lanes of one group must have one length and go together."""
+        return self._whole_groups(active) is not None
 
-        Raises ArgumentError unless all lanes have one length and more than n entries. Nothing waits for the device.
+    def slide(self, n: int, active: Tensor | None = None) -> None:
+        """Lanes lose the oldest of their entries but the first n, in place: the next token takes its slot.
+
+        active (B, H) bool on the CPU: which lanes; None = all, which then must have one length. Raises ArgumentError
+        for lanes that are not `together` and for lanes of n entries or fewer. Nothing waits for the device.
         """
-        group = self._alike("n", n)
-        require(0 <= n < group.longest, "n", n, "0 or more, and fewer than the entries of a lane")
-        if self._ring is None or self._ring[0] != n or group.hole is not None:
-            if not self._sorted or group.hole is not None:
-                self._order()
-                group = self._groups[0]
-            self._ring = (n, n)
-        oldest, slots = self._ring[1], group.longest
-        self._vacate(group, oldest)
-        if self._groups[0] is group:
-            self._ring = (n, n if oldest + 1 == slots else oldest + 1)
+        groups = [self._alike("n", n)] if active is None else self._whole_groups(active)
+        if groups is None:
+            raise ArgumentError("active", active, "lanes that are together")
+        for group in groups:
+            require(0 <= n < group.longest, "n", n, "0 or more, and fewer than the entries of a lane")
+            ring = group.ring
+            if group.hole is not None or (ring is None and not self._sorted):
+                group = self._order(group)
+            elif ring is not None and ring[0] != ring[1] and ring[0] != n:
+                group = self._order(group)
+            oldest = n if group.ring is None or group.ring[0] == group.ring[1] else group.ring[1]
+            group.ring = (n, n if oldest + 1 == group.longest else oldest + 1)
+            self._vacate(group, oldest)
+        self._tidy()
 
     def vacate(self, slot: Tensor) -> None:
         """Every lane loses one entry, in place: the next token takes its slot.
@@ -320,8 +329,9 @@ class RaggedKV:
             raise ArgumentError("slot", shape_of(slot), f"a shape {(self.batch, self.heads)}")
         self._settle()
         group = self._alike("slot", "one a lane")
-        self._ring = None
+        group.ring = None
         self._vacate(group, slot.reshape(-1))
+        self._tidy()
 
     def _alike(self, argument: str, got: object) -> Group:
         if not self.uniform:
@@ -329,22 +339,37 @@ class RaggedKV:
             raise ArgumentError(argument, f"{got} for lanes of {self.lengths.tolist()}", allowed)
         return self._groups[0]
 
+    def _whole_groups(self, active: Tensor) -> list[Group] | None:
+        """The groups of these lanes, if each of them is of one length and has no other lanes."""
+        on, groups = active.reshape(-1), []
+        for group in self._groups:
+            which = on[group.lanes]
+            if not bool(which.any()):
+                continue
+            if group.uniform is None or not bool(which.all()):
+                return None
+            groups.append(group)
+        return groups
+
     def _vacate(self, group: Group, slot: int | Tensor) -> None:
         group.open(slot)
         group.grow(-1)
         self._sorted, self._lengths = False, None
-        if group.capacity - group.longest > PAGE:
+
+    def _tidy(self) -> None:
+        """Free the page that a lane has emptied."""
+        if any(group.capacity - group.longest > PAGE for group in self._groups if group.hole is not None):
             self._settle()
             self._release()
 
     def _settle(self) -> None:
         """Close the holes that no token has filled, before anyone reads or moves slots."""
-        if self._groups[0].hole is not None:
-            self._order()
+        for group in self._groups:
+            if group.hole is not None:
+                self._order(group)
 
-    def _order(self) -> None:
-        """Put the slots of lanes that are all alike in order of position, without holes."""
-        group = self._groups[0]
+    def _order(self, group: Group) -> Group:
+        """Put the slots of a group's lanes, which have one length, in order of position, without holes: a new group."""
         length, hole = group.longest, group.hole
         held = group.content.positions[:, : length + (hole is not None)]
         if hole is not None:
@@ -354,8 +379,11 @@ class RaggedKV:
         with plain_tensors():
             content = self._empty(len(group.lanes), group.capacity)
             content.write(slice(None), slice(0, length), group.content.at(group.order[:, None], slots))
-            self._groups = [self._group(content, group.lanes, group.lengths)]
-        self._sorted, self._ring = True, None
+            ordered = self._group(content, group.lanes, group.lengths)
+        ordered.ring = (0, 0)
+        self._groups = [ordered if g is group else g for g in self._groups]
+        self._sorted = self._sorted or len(self._groups) == 1
+        return ordered
 
     def crop(self, limit: Tensor) -> None:
         """Remove the entries whose position is at least limit[b]; limit (B,) long. Waits for the device."""
@@ -395,10 +423,7 @@ class RaggedKV:
         with plain_tensors():
             if alike:
                 lanes = torch.arange(len(source))
-                moved = self._group(first.content.at(source), lanes, torch.full_like(lanes, first.longest))
-                if first.hole is not None:
-                    moved.open(first.hole if isinstance(first.hole, int) else first.hole[source])
-                groups.append(moved)
+                groups.append(self._moved(first, source, lanes, torch.full_like(lanes, first.longest)))
             else:
                 for group in self._groups:
                     place = torch.full((before * self.heads,), -1)
@@ -406,8 +431,16 @@ class RaggedKV:
                     lanes = (place[source] >= 0).nonzero().view(-1)
                     if len(lanes):
                         slot = place[source[lanes]]
-                        groups.append(self._group(group.content.at(self._there(slot)), lanes, group.lengths[slot]))
+                        groups.append(self._moved(group, self._there(slot), lanes, group.lengths[slot]))
             self._groups = groups or [self._group(self._empty(0, 0), source, source)]
+
+    def _moved(self, group: Group, source: Tensor, lanes: Tensor, lengths: Tensor) -> Group:
+        """A group of `lanes` in which each is what lane source[i] of `group` was."""
+        moved = self._group(group.content.at(source), lanes, lengths)
+        moved.ring = group.ring
+        if group.hole is not None:
+            moved.open(group.hole if isinstance(group.hole, int) else group.hole[source])
+        return moved
 
     def repeat_rows(self, n: int) -> None:
         """Each row n times in succession: rows 0, 0, …, 1, 1, …"""
@@ -479,7 +512,7 @@ class RaggedKV:
                         carry(old, content, lanes, after, slots)
                     same = self._group(content, lanes, after[lanes])
                 groups.append(same)
-        self._groups, self._lengths, self._ring = groups, None, None
+        self._groups, self._lengths = groups, None
 
     def _there(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
