@@ -75,6 +75,42 @@ def test_cells_that_do_not_exist() -> None:
     assert (out[missing] == 0).all() and torch.equal(layer(x.masked_fill(missing[..., None], 1e6)).out, out)
 
 
+def test_the_whole_layer_is_what_its_definition_says() -> None:
+    """Cell by cell: the side it is on, attention along its row and its column, and the convolutions of the band."""
+    layer, n, reach = make(2), 5, 2
+    torch.nn.init.normal_(layer.side)
+    x = cells(n, reach)
+    there = [(i, j) for i in range(n) for j in range(max(0, i - reach), min(n, i + reach + 1))]
+    cell = {(i, j): x[0, i * 5 + j - i + reach] + layer.side[int(j >= i)] for i, j in there}
+
+    def turned(y: torch.Tensor, place: int) -> torch.Tensor:
+        angle = place * 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)  # of a head's 4 channels, in halves
+        a, b = y[:2], y[2:]
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+
+    def along(axial: torch.nn.Module, at: tuple[int, int], others: list[tuple[int, int]], axis: int) -> torch.Tensor:
+        heads = []
+        for h in range(2):
+            part = slice(4 * h, 4 * h + 4)
+            q = turned(axial.q_proj(cell[at])[part], at[axis])
+            keys = torch.stack([turned(axial.k_proj(cell[o])[part], o[axis]) for o in others])
+            values = torch.stack([axial.v_proj(cell[o])[part] for o in others])
+            heads.append((keys @ q / 2).softmax(0) @ values)
+        return torch.cat(heads)
+
+    band = torch.zeros(n, 5, 8, dtype=torch.float64)
+    for i, j in there:
+        row = along(layer.along_row, (i, j), [c for c in there if c[0] == i], 1)
+        column = along(layer.along_column, (i, j), [c for c in there if c[1] == j], 0)
+        band[i, j - i + reach] = layer.attended(cell[i, j] + layer.join(torch.cat([row, column])))
+    real = torch.zeros(n, 5, 1, dtype=torch.float64)
+    for i, j in there:
+        real[i, j - i + reach] = 1
+    image = torch.nn.functional.gelu(layer.first(band.movedim(-1, 0)[None]))[0].movedim(0, -1) * real
+    want = layer.convolved(band + layer.second(image.movedim(-1, 0)[None])[0].movedim(0, -1)) * real
+    torch.testing.assert_close(layer(x).out[0], want.flatten(0, 1), rtol=0, atol=1e-10)
+
+
 def test_padding_on_both_sides() -> None:
     layer = make(1)
     x = cells(6, 1)
