@@ -33,7 +33,7 @@ WORK: dict[str, tuple[Pattern, int, bool, float | None]] = {  # pattern, N, back
     "causal, forward": (causal(), 32768, False, None),
     "causal, forward and backward": (causal(), 8192, True, None),
 }
-EXECUTORS = ("hopper", "triton", "flex")
+EXECUTORS = ("hopper", "flex")
 
 
 def tensors(n: int, grad: bool) -> list[Tensor]:

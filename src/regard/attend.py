@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
@@ -126,14 +127,15 @@ def attend(
         check_tensor("sinks", sinks, ((heads,),), "float", q)
     if pattern is not None:
         pattern = pattern.to(q.device)
-        for what, own, asked in (("heads", pattern.heads, heads), ("rows", pattern.rows, batch)):
+        facts = pattern.facts
+        for what, own, asked in (("heads", facts.heads, heads), ("rows", facts.rows, batch)):
             require(own in (None, asked), "pattern", f"one for {own} {what}", f"one for the {asked} {what} of q")
     look = validate or not q.is_cuda
     exists = existing(q, k, key_padding, kv_lengths, look)
     ordered = pattern is not None or score is not None
     i, j, aligned = positions(q, k, key_padding, q_positions, kv_positions, kv_lengths, exists, ordered, look)
-    if pattern is not None and pattern.extent is not None:
-        check_extent(pattern.extent, i, j, exists, aligned)
+    if pattern is not None and pattern.facts.extent is not None:
+        check_extent(pattern.facts.extent, i, j, exists, aligned)
     if validate:
         check_finite("q", q)
         for name, x in (("k", k), ("v", v)):
@@ -167,8 +169,11 @@ def attend(
 
 
 def _is_full(pattern: Pattern | None) -> bool:
-    if pattern is None:
-        return True
+    return pattern is None or pattern == _full()
+
+
+@cache
+def _full() -> Pattern:
     from regard.patterns import full
 
-    return bool(pattern == full())
+    return full()

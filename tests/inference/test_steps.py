@@ -20,7 +20,7 @@ from torch import Tensor
 import regard.inference.cache as cache
 from regard import registry
 from regard.errors import NotFiniteError
-from regard.inference.apply import evict, narrow, oldest, select
+from regard.inference.apply import evict, lowest, narrow, oldest, select
 from regard.inference.compose import Composed, Scope, Scoped
 from regard.inference.policies.duoattention import DuoAttention
 from regard.inference.policies.h2o import H2O
@@ -242,6 +242,43 @@ def test_a_policy_that_says_nothing_steps_in_place_too(
             with attach(model, f"loud(budget={budget})") as attached:
                 runs.append(drive(attached, budget, True, tmp_path / "past.safetensors")[0])
     assert runs[:2] == runs[2:]
+
+
+@dataclass(frozen=True)
+class Given(CachePolicy):
+    """Scores given by the test, by position."""
+
+    scores: tuple[float, ...]
+    budget: int | None = None
+    acts: ClassVar[Literal["seal", "step"]] = "step"
+
+    def importance(self, view: LayerView) -> Tensor:
+        return torch.tensor(self.scores)[view.positions.clamp_min(0)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "gone"),
+    [
+        ((2, 1, 1, 2), 2),
+        ((1, 1, 1, 1), 3),
+        ((MUST, MUST, MUST, MUST), 0),
+        ((MUST, 5, MUST, MUST), 1),
+        ((0, -MUST, 3, -MUST), 3),
+        ((1e-30, 0, MUST, 1e-30), 1),
+    ],
+)
+def test_of_equals_the_latest_goes_but_of_must_the_oldest(scores: tuple[float, ...], gone: int) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    positions = order.expand(1, 2, 4)
+    zeros, lengths = torch.zeros(1, 2, 4, 4), torch.full((1, 2), 4)
+    view = LayerView(0, 1, zeros, zeros, positions, lengths, torch.tensor([4]))
+    policy = Given(tuple(map(float, scores)))
+    for slot in (
+        evict(policy, view, lengths - 1),
+        lowest(policy, replace(view, target=lengths - 1, limit=3)),
+    ):
+        assert positions.gather(-1, slot[..., None]).flatten().tolist() == [gone, gone]
+    assert evict(policy, view, lengths).tolist() == [[-1, -1]]
 
 
 TABLE = ((0.9, 0.1), (0.4, 0.6))

@@ -13,7 +13,7 @@ from regard.attend import attend
 from regard.evidence.timing import milliseconds
 from regard.patterns import Pattern, causal
 
-EXECUTORS = ("triton", "flex")
+EXECUTORS = ("hopper", "flex")
 WRONG = 0.02
 
 

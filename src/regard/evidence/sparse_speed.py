@@ -13,7 +13,7 @@ from regard.attend import attend
 from regard.evidence.timing import milliseconds
 from regard.patterns import Pattern
 
-EXECUTORS = ("triton", "flex")
+EXECUTORS = ("hopper", "flex")
 
 
 def heads(n: int, *, q_heads: int = 24, kv_heads: int = 24, width: int = 128) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from regard.errors import StoreError
@@ -20,6 +19,7 @@ from regard.inference.policy import CachePolicy, LayerView, Needs
 from regard.inference.ragged import PAGE, RaggedKV
 from regard.inference.weighed import attend_weighed
 from regard.kernels.ragged import LaneGroup, ragged_attend
+from regard.kernels.sdpa import over_cache
 
 if TYPE_CHECKING:
     from regard.inference.store import KVStore
@@ -231,7 +231,7 @@ class KVLayer(CacheLayerMixin):
             return out
         if held is not None and logits.softcap is None and logits.sinks is None:
             stacked = q.reshape(batch, storage.heads, heads // storage.heads, width)
-            out = scaled_dot_product_attention(stacked, *held, scale=logits.scale)
+            out = over_cache(stacked, *held, logits.scale)
             return out.reshape(batch, 1, heads, storage.value_dim)
         visible = None if causal else self._visible_in_group
         out = ragged_attend(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.errors import ArgumentError
 from regard.kernels.reference.softmax import softmax_with_lse
+from regard.kernels.sdpa import over_cache
 
 
 class LaneGroup(NamedTuple):
@@ -142,7 +143,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, n: int, scale: 
     if k.shape[2] == 0:
         return q.new_zeros((*q.shape[:3], v.shape[3]))
     if seen is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return over_cache(q, k, v, scale)
     something = seen.any(-1, keepdim=True)
     mask = seen | ~something  # rows without a key are undefined in torch: let them see all, then drop what they saw
     if seen.shape[1] == 1:  # all queries alike: one row of the mask serves every head and query

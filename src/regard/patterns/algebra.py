@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ def at_least(argument: str, value: object, least: int) -> None:
 def true_or_false(argument: str, value: object) -> None:
     """Raise ArgumentError unless `value` is a bool."""
     require(isinstance(value, bool), argument, repr(value), "True or False")
+
+
+class Facts(NamedTuple):
+    """What callers ask of a pattern at every call."""
+
+    heads: int | None
+    rows: int | None
+    extent: int | None
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -119,10 +129,16 @@ class Pattern:
         own = tuple(v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
         return own + tuple(t for p in self.parts() for t in p.tensors())
 
+    @cached_property
+    def facts(self) -> Facts:
+        """`heads`, `rows`, `extent` and `tensors()`, found once: a pattern does not change."""
+        return Facts(self.heads, self.rows, self.extent, self.tensors())
+
     def to(self, device: torch.device | str) -> Self:
         """The same pattern with its tensors on that device; a tensor used twice is moved once."""
-        moved = {id(t): t.to(device) for t in self.tensors()}
-        return self._with(moved) if any(moved[id(t)] is not t for t in self.tensors()) else self
+        tensors = self.facts.tensors
+        moved = {id(t): t.to(device) for t in tensors}
+        return self._with(moved) if any(moved[id(t)] is not t for t in tensors) else self
 
     def _with(self, tensors: dict[int, Tensor]) -> Self:
         changed = self._rebuilt(lambda p: p._with(tensors))

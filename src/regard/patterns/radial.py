@@ -147,10 +147,8 @@ def radial_blocks(
     apart = torch.arange(frames, device=device)
     length, size = _bits(apart), tokens.bit_length()
     quotient = (1 << size) / (1 << length).double()
-    widths = (decay * quotient).clamp(min=block).floor().int()
-    widths[:2] = torch.tensor([tokens, width])[
-        : len(widths)
-    ]  # int32: the tables below have an entry per pair of blocks
+    widths = (decay * quotient).clamp(min=block).floor().int()  # int32: there are tables with one per pair of blocks
+    widths[:2] = torch.tensor([tokens, width])[:frames]
     every = (block / quotient).long().clamp(min=1)
     every[:2] = 1
     within = torch.where(apart % every == 0, widths, -1)

@@ -18,7 +18,7 @@ CONV = Mixer("base-conv", 1, {"expand": 2})
 WINDOWS, FEATURES = (4, 8, 16, 32), (2, 4, 8, 12)
 BOTH = ((4, 2), (8, 4), (16, 8), (32, 12))
 RATES = (1e-2, 3e-3)
-SECONDS = 36.0
+SECONDS = 100.0
 
 
 def windowed(model: CausalLM, windows: tuple[int | None, ...]) -> None:
@@ -51,7 +51,7 @@ def state_bytes(window: int | None, feature_dim: int | None) -> int:
     tolerance="accuracy never falls by more than 3 points as the state of one kind grows, and both is nowhere more "
     "than 3 points below the straight line through the points of either alone; partly: the first half holds",
     needs="h100",
-    minutes=0.6,
+    minutes=1.7,
 )
 def recall_state(settings: Settings) -> Measured:
     task = settings.pick(MQAR(128, 16, 256), MQAR(16, 2, 32))

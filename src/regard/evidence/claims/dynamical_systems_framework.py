@@ -27,7 +27,7 @@ CONV = Mixer("base-conv", 1, {"expand": 2})
 KINDS = ("softmax", "normalised", "linear")
 SIZES, HEADS = ((64, 4), (128, 16)), (1, 4)
 RATES = (1e-2, 3e-3)
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 class Linear(NormalisedAttention):
@@ -66,7 +66,7 @@ def linear(model: CausalLM) -> None:
     tolerance="softmax ≥ normalised − 1 point and normalised ≥ linear − 1 point in all four settings; partly: in "
     "three of them",
     needs="h100",
-    minutes=0.5,
+    minutes=1,
 )
 def normalised(settings: Settings) -> Measured:
     sizes, heads = settings.pick((SIZES, HEADS), (((16, 2),), (4,)))

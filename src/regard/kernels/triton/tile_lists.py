@@ -87,7 +87,7 @@ def tiles_of(
     pattern: Pattern, n: int, m: int, *, batch: int, heads: int, block: tuple[int, int], device: torch.device
 ) -> Tiles:
     """The lists of a pattern over n queries, the last of m positions, and m keys. Made once per pattern and shape."""
-    key = (pattern, tuple(id(t) for t in pattern.tensors()), n, m, batch, heads, block, device)
+    key = (pattern, tuple(id(t) for t in pattern.facts.tensors), n, m, batch, heads, block, device)
     if key in _kept:
         _kept.move_to_end(key)
     else:

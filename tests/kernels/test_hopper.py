@@ -1,0 +1,93 @@
+"""The Hopper kernels as far as a machine without such a GPU can tell: they compile, and all blocks are worked on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from regard.attend import attend
+from regard.errors import UnsupportedError
+from regard.kernels.triton.tile_lists import tiles_of
+from regard.patterns import Pattern, attention_sink, causal, full, per_head, sliding_window
+
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+CPU = torch.device("cpu")
+PATTERNS = {
+    "sinks": causal() & (sliding_window(40) | attention_sink(3)),
+    "by head": per_head([causal(), sliding_window(7), ~full(), causal()]),
+    "nothing": ~full(),
+}
+
+
+@triton
+def test_they_compile_for_an_h100() -> None:
+    command = [sys.executable, "-m", "tests.kernels.compile_for_hopper"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout.strip().splitlines()[-1])
+    for name, kernel in made.items():
+        assert kernel["products"] and kernel["copies"], name  # tensor cores and tensor memory copies are used
+        assert kernel["shared"] <= 232448, name
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_transposed_bits_are_the_bits(name: str) -> None:
+    tiles = tiles_of(PATTERNS[name], 100, 100, batch=1, heads=4, block=(16, 8), device=CPU)
+    eight = torch.arange(8)
+    entries = ((tiles.bits.long()[..., None] >> eight) & 1).flatten(2)  # (P, BM, BN)
+    turned = ((tiles.bits_by_key.long()[..., None] >> eight) & 1).flatten(2)  # (P, BN, BM)
+    assert torch.equal(turned, entries[tiles.by_key.slot.long()].mT)
+    assert torch.equal(tiles.by_query.slot, torch.arange(len(tiles.bits), dtype=torch.int32))
+
+
+@triton
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("programs", [1, 5, 132])
+def test_every_tile_is_worked_on_once(name: str, programs: int) -> None:
+    from regard.kernels.hopper.schedule import _cut, key_works, query_works
+
+    batch, heads, kv_heads = 2, 4, 2
+    tiles = tiles_of(PATTERNS[name], 300, 300, batch=batch, heads=heads, block=(16, 8), device=CPU)
+    works = query_works(tiles, programs)
+    assert torch.equal(works.sort().values, torch.arange(len(works), dtype=torch.int32))
+
+    visits = tiles.by_key.visits[tiles.mask_of.long()].view(batch, kv_heads, 2, -1).sum(2).flatten()
+    for told in (key_works(tiles, kv_heads, batch, programs), _cut(visits, 7, programs)):
+        met = torch.zeros(int(visits.max()) + 1, len(visits), dtype=torch.long)
+        pieces: dict[int, int] = {}
+        for place, first, end, piece in told.works.tolist():
+            met[first:end, place] += 1
+            if piece >= 0:
+                pieces[piece] = place
+            else:
+                assert first == 0 and end == visits[place]
+        wanted = torch.arange(len(met))[:, None] < visits
+        assert torch.equal(met, wanted.long())
+        assert sorted(pieces) == list(range(told.pieces))
+        assert {p for place, a, b in told.cuts.tolist() for p in range(a, b) if pieces[p] == place} == set(pieces)
+
+
+@triton
+def test_heavy_blocks_are_cut_and_come_first() -> None:
+    from regard.kernels.hopper.schedule import SHORTEST, _cut
+
+    visits = torch.tensor([3, 40 * SHORTEST, 3, 3])
+    told = _cut(visits, SHORTEST, 4)
+    sizes = told.works[:, 2] - told.works[:, 1]
+    assert told.pieces == 40 and int(sizes.max()) == SHORTEST and sizes[:40].min() == SHORTEST
+    assert told.cuts.tolist() == [[1, 0, 40]]
+
+
+def test_it_says_why_it_does_not_serve() -> None:
+    q = torch.zeros(1, 1, 8, 64)
+    with pytest.raises(UnsupportedError, match="Hopper"):
+        attend(q, q, q, pattern=_window(), backend="hopper")
+
+
+def _window() -> Pattern:
+    return PATTERNS["sinks"]
