@@ -19,8 +19,8 @@ HEADS, DIM = 8, 128
     statement="training speed in tokens per second stays constant as sequences grow, at equal tokens per batch",
     figure="no number: a flat curve of training speed over the length",
     measurement="forward and backward of the mixer alone, 8 heads of 128, bf16 inputs, 131072 tokens a batch in "
-    "sequences of 1k to 128k, the slopes of TransNormerLLM's first layer, the library's kernels, calls queued one after "
-    "the other; one head of each length is held against float64 first; causal SDPA in the same run",
+    "sequences of 1k to 128k, the slopes of TransNormerLLM's first layer, the library's kernels, calls queued one "
+    "after the other; one head of each length is held against float64 first; causal SDPA in the same run",
     unit="× (slowest ÷ fastest tokens/s)",
     tolerance="slowest ≥ 0.9 × mean and fastest ≤ 1.1 × mean over the lengths, and peak memory within 10 %; "
     "partly: the slowest ≥ 0.5 × the fastest while dense attention loses more than 10×",
