@@ -8,10 +8,10 @@ from torch import Tensor
 
 from regard.errors import ArgumentError, UnknownNameError, UnsupportedError
 from regard.layers import create
-from regard.layers.combiner_regions import Pool, Pooling, axial, fixed, logsparse
+from regard.layers.combiner_regions import Pool, Pooling, axial, axial_rows, fixed, logsparse
 from regard.patterns import causal
 
-KINDS = ["fixed", "logsparse", "axial", "bidirectional"]
+KINDS = ["fixed", "logsparse", "axial", "axial-rows", "bidirectional"]
 S = 4
 
 
@@ -21,7 +21,7 @@ def regions_of(kind: str, i: int, n: int) -> tuple[list[int], list[list[int]]]:
     if kind == "bidirectional":
         segments = [list(range(s, min(s + S, n))) for s in range(0, n, S)]
         return segments[own], [r for s, r in enumerate(segments) if s != own]
-    if kind == "fixed":
+    if kind in ("fixed", "axial-rows"):
         return list(range(own * S, i + 1)), [list(range(s * S, s * S + S)) for s in range(own)]
     if kind == "logsparse":
         regions, right = [], i
@@ -43,13 +43,17 @@ def by_hand(kind: str, q: Tensor, k: Tensor, pool: Pool, weigh: bool) -> Tensor:
     for i in range(n):
         direct, regions = regions_of(kind, i, n)
         logits = [q[i] @ k[j] * scale for j in direct]
+        within = []
         for r in regions:
-            logits.append(q[i] @ pooled(k[r]) * scale + (torch.tensor(float(len(r))).double().log() if weigh else 0))
+            asks = q[r[i % S]] if kind == "axial-rows" else pooled(q[r])
+            within.append((k[r] @ asks * scale).softmax(0))
+            key = within[-1] @ k[r] if kind == "axial-rows" else pooled(k[r])
+            logits.append(q[i] @ key * scale + (torch.tensor(float(len(r))).double().log() if weigh else 0))
         slots = torch.stack(logits).softmax(0)
         for slot, j in zip(slots, direct, strict=False):
             out[i, j] += slot
-        for slot, r in zip(slots[len(direct) :], regions, strict=True):
-            out[i, r] += slot * (k[r] @ pooled(q[r]) * scale).softmax(0)
+        for slot, r, weights in zip(slots[len(direct) :], regions, within, strict=True):
+            out[i, r] += slot * weights
     return out
 
 
@@ -58,8 +62,8 @@ def run(kind: str, q: Tensor, k: Tensor, v: Tensor, pooling: Pooling, real: Tens
     real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool) if real is None else real
     if kind == "logsparse":
         return logsparse(q, k, v, real, pooling)
-    if kind == "axial":
-        return axial(q, k, v, real, S, pooling)
+    if kind in ("axial", "axial-rows"):
+        return (axial if kind == "axial" else axial_rows)(q, k, v, real, S, pooling)
     return fixed(q, k, v, real, S, pooling, causal=kind == "fixed")[0]
 
 
@@ -115,7 +119,8 @@ def test_the_running_pool_leaks_nothing(kind: str) -> None:
 @pytest.mark.parametrize("pool", ["max", "mean", "sum"])
 def test_padding_takes_no_place_in_any_region(kind: str, pool: str) -> None:
     regions = "fixed" if kind == "bidirectional" else kind
-    layer = create("combiner", dim=8, heads=2, segment_size=3, regions=regions, pool=pool).double()
+    chosen = {} if kind == "axial-rows" else {"pool": pool}
+    layer = create("combiner", dim=8, heads=2, segment_size=3, regions=regions, **chosen).double()
     pattern = None if kind == "bidirectional" else causal()
     x = torch.randn(2, 11, 8, dtype=torch.float64)
     real = torch.ones(2, 11, dtype=torch.bool)
@@ -125,7 +130,7 @@ def test_padding_takes_no_place_in_any_region(kind: str, pool: str) -> None:
     torch.testing.assert_close(out[0], layer(x[:1], pattern=pattern).out[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("regions", ["fixed", "logsparse", "axial"])
+@pytest.mark.parametrize("regions", ["fixed", "logsparse", "axial", "axial-rows"])
 def test_one_segment_or_one_token_each_is_dense(regions: str) -> None:
     q, k, v = torch.randn(3, 1, 2, 9, 4, dtype=torch.float64)
     hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
@@ -134,9 +139,10 @@ def test_one_segment_or_one_token_each_is_dense(regions: str) -> None:
     if regions == "fixed":
         for size in (1, 9, 20):
             torch.testing.assert_close(fixed(q, k, v, real, size, Pooling(), causal=True)[0], dense)
-    elif regions == "axial":  # one row, or one column: nothing is left for a summary
+    elif regions.startswith("axial"):  # one row, or one column: nothing is left for a summary
         for width in (1, 9):
-            torch.testing.assert_close(axial(q, k, v, real, width, Pooling()), dense)
+            form = axial if regions == "axial" else axial_rows
+            torch.testing.assert_close(form(q, k, v, real, width, Pooling()), dense)
     else:  # up to two tokens back each block is one token
         torch.testing.assert_close(logsparse(q, k, v, real, Pooling())[:, :, :2], dense[:, :, :2])
 
@@ -181,11 +187,13 @@ def test_the_public_code_keeps_the_own_region() -> None:
 
 def test_what_is_undefined_is_refused() -> None:
     x = torch.randn(1, 5, 8)
-    for regions in ("logsparse", "axial"):
+    for regions in ("logsparse", "axial", "axial-rows"):
         layer = create("combiner", dim=8, heads=2, regions=regions)
         with pytest.raises(UnsupportedError, match=r"combiner takes no regions='.*' without causal\(\)"):
             layer(x)
         assert layer(x, pattern=causal()).state is None
+    with pytest.raises(UnsupportedError, match="combiner takes no pool='mean' with regions='axial-rows'"):
+        create("combiner", dim=8, heads=2, regions="axial-rows", pool="mean")
     layer = create("combiner", dim=8, heads=2)
     state = layer(x, pattern=causal()).state
     with pytest.raises(UnsupportedError, match="combiner takes no state"):

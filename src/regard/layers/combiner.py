@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from regard.errors import UnknownNameError, require
 from regard.layers.base import Context, Example, Layer, Output, Padding, Tokens, without_padding
-from regard.layers.combiner_regions import Pool, Pooling, Summaries, axial, fixed, logsparse
+from regard.layers.combiner_regions import Pool, Pooling, Summaries, axial, axial_rows, fixed, logsparse
 from regard.patterns import Pattern, causal, full
 from regard.patterns.algebra import at_least, true_or_false
 from regard.registry import Paper, mechanism
 
 PAPER = Paper("Combiner: Full Attention Transformer with Sparse Computation Cost", "Ren et al.", 2021, "2107.05768")
-Regions = Literal["fixed", "logsparse", "axial"]
+Regions = Literal["fixed", "logsparse", "axial", "axial-rows"]
 Map = Literal["identity", "relu", "dense"]
 
 
@@ -54,10 +54,11 @@ class Combiner(Layer):
 
     regions: "fixed" — directly its own segment of `segment_size` tokens, and every other segment as one region;
     "logsparse" — itself, and blocks of 1, 2, 4, … tokens before it; "axial" — its row of `segment_size` tokens and its
-    column, and the other columns as regions. The last two are causal only and have no state. The paper's row-major
-    axial form and its mixture are not offered: their summaries overlap, or depend on how rows are pooled, which it
-    leaves open. pool: how a region's q and k are pooled. summary: what they pass before, "dense" being a linear map of
-    each head's channels, shared by all heads (ours), and a ReLU. own_region: without a causal mask, the own segment is
+    column, and the other columns as regions; "axial-rows" — its row, and the earlier rows as regions. The last three
+    are causal only and have no state. The paper's mixture is not offered: its summaries overlap. pool: how a region's q
+    and k are pooled, None = "max"; the rows of "axial-rows" are pooled by attention within them, and take no other.
+    summary: what q and k pass before, "dense" being a linear map of each head's channels, shared by all heads (ours),
+    and a ReLU. own_region: without a causal mask, the own segment is
     a region as well (the public code). weigh_by_size: a region counts as many slots as it has tokens (not the paper's
     model).
 
@@ -71,7 +72,7 @@ class Combiner(Layer):
         *,
         segment_size: int = 32,
         regions: Regions = "fixed",
-        pool: Pool = "max",
+        pool: Pool | None = None,
         summary: Map = "identity",
         own_region: bool = False,
         weigh_by_size: bool = False,
@@ -81,6 +82,9 @@ class Combiner(Layer):
         at_least("segment_size", segment_size, 1)
         true_or_false("own_region", own_region)
         true_or_false("weigh_by_size", weigh_by_size)
+        if pool is not None and regions == "axial-rows":
+            raise self.refuse(f"pool={pool!r} with regions='axial-rows': rows are pooled by attention")
+        pool = "max" if pool is None else pool
         for name, value, known in (("regions", regions, Regions), ("pool", pool, Pool), ("summary", summary, Map)):
             if value not in get_args(known):
                 raise UnknownNameError(name, str(value), get_args(known))
@@ -146,8 +150,9 @@ class Combiner(Layer):
         pooling = Pooling(self.pool, self._wide(self.q_summary), self._wide(self.k_summary), self.weigh_by_size)
         if self.regions == "logsparse":
             return logsparse(q, k, v, real, pooling), None
-        if self.regions == "axial":
-            return axial(q, k, v, real, self.segment_size, pooling), None
+        if self.regions in ("axial", "axial-rows"):
+            over = axial if self.regions == "axial" else axial_rows
+            return over(q, k, v, real, self.segment_size, pooling), None
         past = None
         if state is not None:
             there = torch.arange(state.finished_k.shape[2], device=k.device) < state.finished[:, None]

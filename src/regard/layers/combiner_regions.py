@@ -158,6 +158,31 @@ def axial(q: Tensor, k: Tensor, v: Tensor, real: Tensor, width: int, pooling: Po
     return out.transpose(2, 3).flatten(2, 3)[:, :, :t]
 
 
+def axial_rows(q: Tensor, k: Tensor, v: Tensor, real: Tensor, width: int, pooling: Pooling) -> Tensor:
+    """Causal, over rows of `width` tokens (row-major). Direct: the query's row up to it. Regions: the earlier rows.
+
+    A row is pooled by attention within it, and anew for each column: for queries of column t, qS is the q of the row's
+    own cell in that column, and kS = Σ pl(j|r) k_j as V = Σ pl(j|r) v_j. O(T · (width + T / width))."""
+    t, scale = k.shape[2], k.shape[3] ** -0.5
+    q, k, v, real = _cut(width, q, k, v, real)  # (B, H, rows, columns, D) and (B, rows, columns)
+    rows, columns = k.shape[2:4]
+    whole = real[:, None, :, None, :]
+    logits = pooling.of_q(q) @ pooling.of_k(k).mT * scale  # (B, H, rows, columns, columns)
+    within = _softmax(logits, whole.expand(*logits.shape))
+    keys, values = within @ k, within @ v
+
+    near = whole & torch.ones(columns, columns, dtype=torch.bool, device=k.device).tril()
+    along = q @ k.mT * scale
+    size = torch.full((), columns, device=k.device)
+    down = _weighed(torch.einsum("bhrcd,bhecd->bhrce", q, keys) * scale, size, pooling)  # row e in the query's column
+    above = torch.ones(rows, rows, dtype=torch.bool, device=k.device).tril(-1)[:, None]
+    shape = (real.shape[0], 1, rows, columns)
+    seen = torch.cat([near.expand(*shape, columns), above.expand(*shape, rows)], -1)
+    of_row, of_rows = _softmax(torch.cat([along, down], -1), seen).split([columns, rows], -1)
+    out = of_row @ v + torch.einsum("bhrce,bhecd->bhrcd", of_rows, values)
+    return out.flatten(2, 3)[:, :, :t]
+
+
 def _running(x: Tensor, there: Tensor, pooling: Pooling) -> Tensor:
     """(..., rows, D): what `Pooling.over` gives for the rows before each, by running sums; there (..., rows) bool."""
     before = there.cumsum(-1)[..., None] - there[..., None].long()
