@@ -72,9 +72,12 @@ def test_plan(run: Any) -> None:
     assert code == 0 and "snapkv(budget=512)" in out and json.loads(out[out.index("{") :])["regard_plan"] == 1
 
 
-def test_evidence_list_and_table(run: Any) -> None:
+def test_evidence_list_and_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run("evidence", "list")
-    assert code == 0 and "snapkv" in out and "later: " in out
+    assert code == 0 and "snapkv" in out and " later " in out
+    ids = {line.split(" ")[0] for line in out.splitlines()}
+    assert {entry.id for entry in regard.evidence.entries()} <= ids, "no id is shortened"
     code, out, _ = run("evidence", "table")
     assert code == 0 and "|" in out
 

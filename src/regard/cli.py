@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import regard
@@ -251,11 +251,13 @@ def evidence_list() -> None:
     """The claims; "later" where one cannot be measured yet."""
     from regard import evidence
 
-    table = Table("id", "needs", "paper", "claim", box=None, padding=(0, 2, 0, 0))
     entries: list[evidence.Claim | evidence.Later] = [*evidence.entries(), *evidence.postponed()]
+    widest = max(len(entry.id) for entry in entries)  # ids are typed again, so never shortened
+    columns = (Column("id", min_width=widest, style="bold"), "needs", "claim")  # an id begins with its paper
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for claim in sorted(entries, key=lambda entry: entry.id):
-        needs = f"later: {claim.needs}" if isinstance(claim, evidence.Later) else claim.needs
-        table.add_row(Text(claim.id, style="bold"), Text(needs), Text(str(claim.paper)), Text(claim.statement))
+        needs = "later" if isinstance(claim, evidence.Later) else claim.needs
+        table.add_row(Text(claim.id), Text(needs), Text(claim.statement))
     Console().print(table)
 
 
