@@ -16,8 +16,10 @@ pytestmark = pytest.mark.gpu
 PATTERNS = paper_patterns(LARGE)
 FLEX = ("aki", "s2")  # ids of each row; a rule of each head
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # as in test_attend_gpu
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 RUNS = [
     *((name, "triton", dtype) for name in PATTERNS for dtype in ROUNDING),
+    *((name, "hopper", torch.bfloat16) for name in PATTERNS if HOPPER),
     *((name, "flex", torch.bfloat16) for name in FLEX),
 ]
 
@@ -26,7 +28,7 @@ RUNS = [
 def test_the_map_is_that_of_the_cpu(name: str) -> None:
     p = PATTERNS[name]
     for block in (64, 100):
-        here, there = p.block_map(LARGE, block=block), p.to("cuda").block_map(LARGE, block=block)
+        here, there = p.block_map(LARGE, block=block), p.to("cuda").block_map(LARGE, block=block, device="cuda")
         assert there.kinds.is_cuda and torch.equal(here.kinds, there.kinds.cpu())
 
 

@@ -7,6 +7,9 @@ the ring is `full` when its bytes have arrived and `free` when both groups have 
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -118,18 +121,21 @@ def lists_of(Start, MaskOf, head, block, blocks):
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """For copies of `rows` rows of x (B, H, N, D), whose last dimension is contiguous (see `aligned`)."""
-    block = [1, 1, rows, x.shape[3]]
-    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    (batch, heads, n, dim), (sb, sh, sn, _) = x.shape, x.stride()
     # of a dimension of size 1 torch allows any stride; the hardware does not
-    strides = [s if size > 1 else x.shape[3] for s, size in zip(x.stride()[:3], x.shape, strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    strides = [sb if batch > 1 else dim, sh if heads > 1 else dim, sn if n > 1 else dim, 1]
+    return TensorDescriptor(x, [batch, heads, n, dim], strides, [1, 1, rows, dim], _layout((1, 1, rows, dim), x.dtype))
 
 
 def line(x: Tensor, columns: int) -> TensorDescriptor:
     """For copies of `columns` neighbours of a row of x (R, N) float32."""
-    layout = gl.NVMMASharedLayout.get_default_for([1, columns], gl.float32)
+    layout = _layout((1, columns), x.dtype)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, columns], layout)
+
+
+@cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 def aligned(x: Tensor) -> Tensor:
