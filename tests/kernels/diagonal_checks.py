@@ -119,6 +119,23 @@ def parts() -> None:
     mixer.MAX_DIM = held
 
 
+def nothing_is_copied() -> None:
+    """Between the kernels' function and inputs that it takes as they are, autograd meets views alone: the gradients of
+    a split and of an index would be copies of whole tensors."""
+    for kind in ("none", "scalar", "channel"):
+        q, k, v = (torch.randn(1, 5, 2, 16, device=DEVICE).transpose(1, 2).requires_grad_() for _ in range(3))
+        g = log_decay(kind, 1, 2, 5, 16)
+        told = DiagonalInputs(q, k, v, None if g is None else g.to(DEVICE).requires_grad_())
+        waiting, met = [DiagonalDecay(executor="triton").scan(told)[0].grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node.name() not in met:
+                met.add(node.name())
+                waiting += [before for before, _ in node.next_functions]
+        views = {"ExpandBackward0", "SqueezeBackward1", "torch::autograd::AccumulateGrad"}
+        assert met <= views | {"_DiagonalBackward", "ChannelDecayBackward"}, met
+
+
 def small() -> None:
     """What the interpreter can do in seconds."""
     exact = 2e-5
@@ -127,13 +144,13 @@ def small() -> None:
             expect(exact, errors(kind, n, dims, torch.float32), kind, n, dims)
     for kind in ("scalar strong", "channel strong", "scalar extreme", "channel extreme"):
         expect(exact, errors(kind, 70, (16, 16), torch.float32, batch=1), kind)
-    kernels.WHOLE = 64  # so that so short a sequence is cut
+    kernels.WHOLE, kernels.PIECE = 64, 32  # so that so short a sequence is cut
     for kind in ("none", "scalar", "channel"):
         expect(exact, errors(kind, 75, (16, 16), torch.float32, ends=(0, 1, 34, 75)), kind, "documents")
         expect(exact, errors(kind, 40, (16, 16), torch.float32, carried=False), kind, "no state")
         expect(exact, errors(kind, 200, (16, 16), torch.float32, batch=1), kind, "cut")
         expect(exact, errors(kind, 130, (16, 24), torch.float32, batch=2, heads=1, carried=False), kind, "cut")
-    kernels.WHOLE = 256  # pieces of several chunks, of which the first are forgotten by the end
+    kernels.WHOLE, kernels.PIECE = 256, 128  # pieces of several chunks, of which the first are forgotten by the end
     for kind in ("scalar strong", "scalar extreme", "channel strong"):
         expect(exact, errors(kind, 384, (16, 16), torch.float32, batch=1, heads=1), kind, "cut")
 
@@ -151,6 +168,7 @@ def large(kind: str, name: str) -> None:
         if kind == "fixed" and dtype != torch.float32:
             found["dg"] = 0.0  # what is left of the differences of all tokens is under half precision's noise
         expect(limit, found, kind, n, dims, dtype)
+    kernels.WHOLE, kernels.PIECE = 2048, 1024
     cut = errors(kind, 4000, (64, 64), dtype, batch=1, heads=1)
     expect(limit, cut | ({"dg": 0.0} if "dg" in cut else {}), kind, "cut", dtype)  # so long a sum has lost its digits
     packed = errors(kind, 3000, (64, 64), dtype, ends=(0, 700, 701, 3000))
@@ -162,5 +180,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     steps()
     parts()
+    nothing_is_copied()
     large(*sys.argv[1:]) if sys.argv[1:] else small()
     print("agree")

@@ -44,10 +44,22 @@ def test_on_a_gpu(kind: str, dtype: str) -> None:
 def test_long_sequences_are_cut_where_few_programs_would_walk_them() -> None:
     from regard.kernels.triton.diagonal import cuts
 
-    assert cuts(8192, 128) == 1, "enough programs as it is"
-    assert cuts(1000, 2) == 1, "too short"
+    assert cuts(8192, 128) == 1, "too short for the launches that a cut adds"
+    assert cuts(8192, 4) == 1
+    assert cuts(65536, 128) == cuts(131072, 128) == 4
     assert cuts(262144, 64) == 8
-    assert cuts(4096, 4) == 4, "pieces of no fewer than 1024 tokens"
+    assert cuts(262144, 256) == 1, "enough programs as it is"
+    assert cuts(32768, 4) == 32, "pieces of no fewer than 1024 tokens"
+    assert cuts(65536, 0) > 0
+
+
+def test_the_columns_of_a_program() -> None:
+    from regard.kernels.triton.diagonal import launch
+
+    half = torch.bfloat16
+    assert launch(128, 128, 64, half).columns == 32, "no more than one program for each processor"
+    assert launch(128, 128, 512, half).columns == 64
+    assert launch(256, 128, 512, half).columns == launch(128, 128, 512, torch.float32).columns == 32, "registers"
 
 
 def test_what_the_kernels_refuse_is_said_with_who_serves_it() -> None:

@@ -67,11 +67,11 @@ class DiagonalDecay(MatrixRecurrence):
 
         q, k, v, _ = inputs
         g = check(*inputs, s if ends is None else None)
-        parts = v.split(MAX_DIM, -1)
+        if v.shape[3] <= MAX_DIM:
+            return diagonal(q, k, v, g, s, ends=ends)
+        parts = v.split(MAX_DIM, -1)  # its gradient is a copy of all
         states = [None] * len(parts) if s is None else s.split(MAX_DIM, -1)
         done = [diagonal(q, k, part, g, state, ends=ends) for part, state in zip(parts, states, strict=True)]
-        if len(done) == 1:
-            return done[0]
         return torch.cat([out for out, _ in done], -1), torch.cat([state for _, state in done], -1)
 
 

@@ -19,11 +19,14 @@ def aligned(x: Tensor) -> Tensor:
     of BYTES; `x` itself where it is so already."""
     if missing(x.shape[-1]):
         x = torch.nn.functional.pad(x, (0, missing(x.shape[-1])))
-    fits = x.stride(-1) == 1 and x.data_ptr() % BYTES == 0
-    steps = (
-        step * x.element_size() % BYTES == 0 for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1
-    )
-    return x if fits and all(steps) else x.contiguous()
+    *steps, last = x.stride()
+    if last != 1 or x.data_ptr() % BYTES:
+        return x.contiguous()
+    width = x.element_size()
+    for step, size in zip(steps, x.shape, strict=False):
+        if size > 1 and step * width % BYTES:
+            return x.contiguous()
+    return x
 
 
 def widened(state: Tensor, rows: int, columns: int) -> Tensor:

@@ -211,7 +211,7 @@ def _scan(
     final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
     states, written = (v, v) if kept is None else kept
     if count * heads:
-        scan[(triton.cdiv(columns, how.scan.columns), heads, count)](
+        scan[(-(-columns // how.scan.columns), heads, count)](
             q, k, v, t, p, gates, v if out is None else out, final if state is None else state, final, states, written,
             pieces.table, *strides(q, k, v, v if out is None else out), heads, rows, columns,
             BV=how.scan.columns, START=state is not None, OUT=out is not None, KEEP=kept is not None,

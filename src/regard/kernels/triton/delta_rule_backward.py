@@ -180,13 +180,13 @@ def gradients_of(
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     wide = how.reverse.columns
     if sequences * heads:
-        reverse_scan[(triton.cdiv(columns, wide), heads, sequences)](
+        reverse_scan[(-(-columns // wide), heads, sequences)](
             q, k, dout, t, p, gates, dstart if dfinal is None else dfinal, dstart, dstates, dy, pieces.table,
             *strides(q, k, dout), heads, rows, columns, BV=wide, FINAL=dfinal is not None, STAGES=how.reverse.stages,
             num_warps=how.reverse.warps, num_stages=how.reverse.stages, **compiled_for(q, chunk, how),
         )  # fmt: skip
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))  # laid out as what they are gradients of
-    parts = triton.cdiv(rows, how.channels)
+    parts = -(-rows // how.channels)
     dbeta = torch.empty(parts, batch, heads, n, dtype=torch.float32, device=device)
     dg = dbeta if g is None else torch.empty_like(dbeta)
     decay = beta if g is None else g
@@ -197,5 +197,5 @@ def gradients_of(
             BD=how.channels, BV=how.gradients.columns, DECAY=g is not None, STAGES=how.gradients.stages,
             num_warps=how.gradients.warps, num_stages=how.gradients.stages, C=chunk, PRECISION=how.products,
         )  # fmt: skip
-    found = None if g is None else dg.sum(0).to(g.dtype)
-    return dq, dk, dv, dbeta.sum(0).to(beta.dtype), found, dstart
+    dbeta, dg = (x[0] if parts == 1 else x.sum(0) for x in (dbeta, dg))
+    return dq, dk, dv, dbeta.to(beta.dtype), None if g is None else dg.to(g.dtype), dstart

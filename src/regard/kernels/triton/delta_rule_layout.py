@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Launches:
     products: str = "tf32"  # half precision has but one
 
 
+@lru_cache(maxsize=64)
 def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
     """By the shape of the state, rows (Dk) × columns (Dv), so that its tiles stay in registers.
 

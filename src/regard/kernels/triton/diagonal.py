@@ -18,6 +18,7 @@ first, without outputs, and chained (`diagonal_chain`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,14 +27,15 @@ from torch import Tensor
 
 from regard.kernels.triton.aligned import aligned, missing, widened
 from regard.kernels.triton.diagonal_chain import chained
-from regard.kernels.triton.diagonal_channel import ChannelDecay, launches
+from regard.kernels.triton.diagonal_channel import ChannelDecay
 from regard.kernels.triton.diagonal_channel import chunk_size as channel_chunk_size
 from regard.kernels.triton.diagonal_gates import gates
 from regard.kernels.triton.diagonal_scalar import running_sums, scan_scalar
 from regard.kernels.triton.pieces import Pieces, documents, even
 
-PROCESSORS = 132  # programs that keep the GPU busy (an H100's multiprocessors)
-WHOLE = 2048  # tokens under which a sequence is not cut
+PROCESSORS = 132  # an H100's multiprocessors; two programs of this scan fit on each
+WHOLE = 16384  # tokens whose walk takes as long as what a cut adds to a call, four launches
+PIECE = 1024  # tokens that a piece has at least
 
 
 @dataclass(frozen=True)
@@ -45,24 +47,32 @@ class Launch:
     stages: int
 
 
-def launch(columns: int, programs: int, dtype: torch.dtype) -> Launch:
-    """Measured on an H100 at head dims of 128 in bfloat16. programs: heads × pieces, each of which walks its tokens."""
-    fits = max(32, triton.next_power_of_2(columns))
-    if dtype == torch.float32:
-        return Launch(min(32, fits), 4, 2)
-    if programs * -(-columns // 64) < PROCESSORS // 2:
-        return Launch(min(32, fits), 4, 2)
-    return Launch(min(64, fits), 4, 3)
+@lru_cache(maxsize=256)
+def launch(rows: int, columns: int, programs: int, dtype: torch.dtype) -> Launch:
+    """programs: heads × pieces, each of which walks its tokens.
+
+    Measured on an H100 with a state of 128 × 128 in bfloat16: 64 columns a program take 4.1 ms where 32 take 5.3, as
+    long as there are more programs than processors; with 128 programs they take 5.9 ms and 32 columns, 256 programs,
+    5.3. Three stages instead of two spill: 6.2 ms. States of 256 rows spill five times as much with 64 columns as those
+    of 128, and do not fit into shared memory in three stages."""
+    few = programs * -(-columns // 64) <= PROCESSORS
+    if few or rows > 128 or dtype == torch.float32:
+        return Launch(32, 4, 2)
+    return Launch(min(64, max(32, triton.next_power_of_2(columns))), 4, 2)
 
 
 def cuts(n: int, programs: int) -> int:
     """Into how many pieces sequences of n tokens are cut that `programs` would walk otherwise.
 
-    A cut costs a walk without outputs over what is before it. It is made where it gives the GPU half as much again to
-    do, and then often enough for the work to come out even."""
-    if n < WHOLE or programs * 3 > PROCESSORS * 2:
+    A cut costs a walk without outputs over what is before it, so it is made where there is room for half as many
+    programs again: up to `few`. It also costs launches, so what the idle part of the GPU could have walked meanwhile
+    is to be more than WHOLE. Then it is made often enough for the work to come out even. Measured on an H100 (262,144
+    tokens × 32 heads, ms uncut or cut in 2, 4, 8, 16): 128 programs 5.9, 4.8, 4.6, –, –; 64 programs –, –, 4.8, 4.6,
+    4.7; 256 programs or more, uncut, 4.1. With 128 programs of 8,192 tokens, a cut doubled the time of a call."""
+    few = 4 * PROCESSORS // 3
+    if n * (few - programs) < WHOLE * few:
         return 1
-    return min(4 * PROCESSORS // programs, n // (WHOLE // 2))
+    return min(4 * PROCESSORS // max(programs, 1), n // PIECE)
 
 
 def chunk_size(dtype: torch.dtype) -> int:
@@ -98,8 +108,8 @@ def scan(
     """Fills out (B, H, N, Dv), from the states that the pieces start from. The state at the other end (sequences, H,
     Dk, Dv) float32, and None or, in parts that are to be added, Σ_d out·beside (parts, B, H, N) float32."""
     table = work.pieces.table
-    how = launch(v.shape[3], q.shape[1] * table.shape[0], q.dtype)
-    parts = triton.cdiv(v.shape[3], how.columns)
+    how = launch(q.shape[3], v.shape[3], q.shape[1] * table.shape[0], q.dtype)
+    parts = -(-v.shape[3] // how.columns)
     dots = None if beside is None else torch.empty(parts, *q.shape[:3], dtype=torch.float32, device=v.device)
     final = _run(q, k, v, work, table, reverse, how, starts, out=out, beside=beside, dots=dots)
     return work.pieces.last(final, reverse), dots
@@ -112,7 +122,7 @@ def starting(k: Tensor, v: Tensor, work: Work, state: Tensor | None, *, reverse:
     if pieces.split == 1:
         return None if state is None else state.float().contiguous()
     table = pieces.feeding(reverse)
-    how = launch(v.shape[3], heads * table.shape[0], k.dtype)
+    how = launch(k.shape[3], v.shape[3], heads * table.shape[0], k.dtype)
     left = torch.empty(table.shape[0], heads, 1, dtype=torch.float32, device=v.device)
     local = _run(k, k, v, work, table, reverse, how, None, left=left)
     return chained(local, left, state, pieces, reverse)
@@ -124,17 +134,17 @@ def _run(
 ) -> Tensor:  # fmt: skip
     """The state at the other end of each piece in `table`, (pieces, H, Dk, Dv) float32; fills `out` and `dots`, or,
     without outputs, `left`."""
-    heads, rows, columns, count = q.shape[1], q.shape[3], v.shape[3], table.shape[0]
+    (_, heads, n, rows), columns, count = q.shape, v.shape[3], table.shape[0]
     final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
     there, x = v if out is None else out, v if beside is None else beside
     part_step, row_step = (0, 0) if dots is None else dots.stride()[:2]
     # Products of fewer than 64 rows go another way through the compiler, one that does not mix with wide ones.
     least = 64 if q.dtype.itemsize == 2 else 16
-    scan_scalar[(triton.cdiv(columns, how.columns), heads, count)](
+    scan_scalar[(-(-columns // how.columns), heads, count)](
         q, k, v, final if work.sums is None else work.sums, there, final if start is None else start,
         final, final if left is None else left, x, final if dots is None else dots, table,
-        *(s for t in (q, k, v, there, x) for s in t.stride()[:3]), part_step, row_step, heads, q.shape[2], rows,
-        columns, C=work.chunk, BK=max(least, triton.next_power_of_2(rows)), BV=how.columns,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *there.stride()[:3], *x.stride()[:3], part_step, row_step,
+        heads, n, rows, columns, C=work.chunk, BK=max(least, triton.next_power_of_2(rows)), BV=how.columns,
         DECAY=work.sums is not None, REVERSE=reverse, OUT=out is not None, START=start is not None,
         DOTS=dots is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=how.stages,
         num_warps=how.warps, num_stages=how.stages,
@@ -196,7 +206,7 @@ def diagonal(
     if g is not None and g.shape[3] > 1:
         g = aligned(g.expand(batch, heads, n, dim))
     elif g is not None:
-        g = g.expand(batch, heads, n, 1)[..., 0]
+        g = g.squeeze(3).expand(batch, heads, n)  # an index instead would have a copy for its gradient
     if state is not None:
         state = widened(state, *more)
     per_channel = g is not None and g.ndim == 4
@@ -204,7 +214,7 @@ def diagonal(
     if ends is not None:
         pieces = documents(ends, chunk, q.device)
     else:
-        wide = launches(q.shape[3], v.shape[3], q.dtype).scan.columns if per_channel else 64
+        wide = 32 if per_channel else 64  # its programs, of 64 columns, have a processor each: they count twice
         pieces = even(batch, n, cuts(n, batch * heads * -(-columns // wide)), chunk, q.device)
     out, final = (ChannelDecay if per_channel else _Diagonal).apply(q, k, v, g, state, pieces, chunk)
     return (out[..., :columns], final[:, :, :dim, :columns]) if any(more) else (out, final)

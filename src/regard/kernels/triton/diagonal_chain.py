@@ -44,7 +44,7 @@ def chained(local: Tensor, left: Tensor, state: Tensor | None, pieces: Pieces, r
     heads, rows, columns = local.shape[1:]
     state = None if state is None else state.float().contiguous()
     found = torch.empty(pieces.table.shape[0], heads, rows, columns, dtype=torch.float32, device=local.device)
-    grid = (triton.cdiv(rows * columns, 1024), heads, pieces.sequences)
+    grid = (-(-rows * columns // 1024), heads, pieces.sequences)
     chain[grid](
         local, left, local if state is None else state, found, pieces.split, heads, columns, rows * columns,
         left.shape[2], BLOCK=1024, REVERSE=reverse, START=state is not None,

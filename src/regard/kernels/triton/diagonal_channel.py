@@ -9,6 +9,7 @@ exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,8 +48,10 @@ class Launches:
     rows: int
 
 
+@lru_cache(maxsize=64)
 def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
-    """By the shape of the state, rows (Dk) × columns (Dv), so that tiles stay in registers.
+    """By the shape of the state, rows (Dk) × columns (Dv), so that tiles stay in registers. Those of 128 rows are
+    measured on an H100 (bfloat16, 128 columns); wide tiles of 256 rows would not fit into shared memory three times.
 
     Products in half precision have at least 64 rows: smaller ones do not mix with wide ones on Hopper (Triton 3.6)."""
     if dtype == torch.float32:
@@ -57,7 +60,9 @@ def launches(rows: int, columns: int, dtype: torch.dtype) -> Launches:
         return Launches(Launch(min(tall, 32), 4, 1, 168), short, short, min(tall, 32), tall)
     tall = max(64, triton.next_power_of_2(rows))
     wide = max(32, triton.next_power_of_2(columns))
-    scan = Launch(min(wide, 64 if tall == 64 else 32), 4 if tall <= 128 else 8, 2)
+    if tall == 128:
+        return Launches(Launch(64, 4, 1), Launch(min(wide, 64), 4, 3), Launch(min(wide, 64), 4, 2), 32, tall)
+    scan = Launch(min(wide, 64), 4, 2) if tall == 64 else Launch(32, 8, 2)
     return Launches(Launch(32, 4, 1, 168), scan, Launch(32, 4, 2), 32, tall)
 
 
@@ -68,10 +73,10 @@ def chunk_size(rows: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Factors:
-    """What `channel_factors` writes: Q̂ and K̂ (2, chunks, H, C, BK), e^{b_C} and which chunks decay much (chunks,
+    """What `channel_factors` writes: Q̂ and K̂ (chunks, H, C, BK), e^{b_C} and which chunks decay much (chunks,
     H, BK), P (chunks, H, C, C)."""
 
-    both: Tensor
+    both: tuple[Tensor, ...]
     kept: Tensor
     steep: Tensor
     p: Tensor
@@ -98,7 +103,7 @@ def factors_of(q: Tensor, k: Tensor, g: Tensor, pieces: Pieces, chunk: int, how:
             q.shape[3], C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.factors.columns, **_precision(q),
             num_warps=how.factors.warps, num_stages=how.factors.stages, maxnreg=how.factors.registers,
         )  # fmt: skip
-    return Factors(both, kept, steep, p)
+    return Factors(both.unbind(0), kept, steep, p)
 
 
 def _scan(
@@ -108,10 +113,10 @@ def _scan(
     """The state at the other end of each piece in `table`, (pieces, H, Dk, Dv) float32; fills the last three."""
     heads, columns, count = v.shape[1], v.shape[3], table.shape[0]
     final = torch.empty(count, heads, rows, columns, dtype=torch.float32, device=v.device)
-    read, write = (factors.both[s] for s in ((1, 0) if reverse else (0, 1)))
+    read, write = reversed(factors.both) if reverse else factors.both
     there = v if out is None else out
     if count * heads:
-        scan_chunks[(triton.cdiv(columns, how.scan.columns), heads, count)](
+        scan_chunks[(-(-columns // how.scan.columns), heads, count)](
             read, write, v, factors.p, factors.kept, there, final if start is None else start, final,
             final if left is None else left, v if states is None else states, table, *v.stride()[:3],
             *there.stride()[:3], heads, rows, columns,
@@ -173,7 +178,7 @@ class ChannelDecay(torch.autograd.Function):
         if pieces.chunks * heads:
             given = q, k, v, g, dout
             strides = [s for x in (*given, dq, dk, dg) for s in x.stride()[:3]]
-            channel_gradients[(pieces.chunks, heads, triton.cdiv(rows, how.channels))](
+            channel_gradients[(pieces.chunks, heads, -(-rows // how.channels))](
                 *given, states, dstates, kept, steep, dq, dk, dg, _segments(q, chunk), pieces.each, *strides, heads,
                 rows, columns,
                 C=chunk, LEVELS=chunk.bit_length() - 1, BK=how.rows, BD=how.channels, BV=how.gradients.columns,

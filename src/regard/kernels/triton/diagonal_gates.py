@@ -74,7 +74,7 @@ def sums_from_the_end(
 def gates(read: Tensor, written: Tensor, ends: Tensor | None, pieces: Pieces) -> Tensor:
     """dg (B, H, N) float32; read, written (parts, B, H, N), ends (sequences, H) or None, float32 and contiguous."""
     batch, heads, n = read.shape[1:]
-    blocks = triton.cdiv(pieces.tokens, BLOCK)
+    blocks = -(-pieces.tokens // BLOCK)
     found = torch.empty(batch, heads, n, dtype=torch.float32, device=read.device)
     table = torch.empty(pieces.sequences, heads, blocks, dtype=torch.float64, device=read.device)
     about = (pieces.table, pieces.split, heads, n, batch * heads * n, read.shape[0], written.shape[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -29,8 +29,12 @@ class Pieces:
 
     def feeding(self, reverse: bool) -> Tensor:
         """The table of those whose state another piece starts from: all but the last of a sequence, or the first."""
+        return self._feeding[reverse]
+
+    @cached_property
+    def _feeding(self) -> tuple[Tensor, Tensor]:
         table = self.table.view(-1, self.split, 4)
-        return (table[:, 1:] if reverse else table[:, :-1]).reshape(-1, 4)
+        return table[:, :-1].reshape(-1, 4), table[:, 1:].reshape(-1, 4)
 
     def last(self, states: Tensor, reverse: bool) -> Tensor:
         """Of each sequence, (sequences, …), from those of its pieces."""
