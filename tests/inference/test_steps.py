@@ -214,6 +214,35 @@ def test_the_short_way_serves_a_composition_and_a_scope(monkeypatch: pytest.Monk
         assert [held.tolist() for held in store.entries] == [[[22, 22]], [[9, 9]]]
 
 
+@pytest.mark.parametrize("lengths", [[2, 2], [30, 3]])
+def test_sinks_that_come_after_the_prompt_stay(lengths: list[int]) -> None:
+    tokens, mask = left_padded(lengths)
+    with attach(llama(), "streaming(budget=9,sinks=4)") as attached:
+        store = attached.new_store()
+        attached.model(tokens, attention_mask=mask, past_key_values=store)
+        for step in range(30):
+            attached.model(ids(2, 1, seed=step), past_key_values=store)
+        want = [[[0, 1, 2, 3, *range(n + 25, n + 30)]] * 2 for n in lengths]
+        assert kept(store) == [want] * 2
+
+
+def test_every_token_adds_its_weights_once_and_to_its_own_store() -> None:
+    """A query's weights sum to one: with two query heads a KV head, a token adds two to the sums of a lane."""
+    with attach(llama(), "h2o(budget=9)") as attached:
+        store = attached.new_store()
+        attached.model(ids(1, 30), past_key_values=store)
+        for step in range(5):
+            attached.model(ids(1, 1, seed=step), past_key_values=store)
+        left = store.fork()
+        for step in range(3):
+            attached.model(ids(1, 1, seed=step), past_key_values=left)
+        for one, tokens in ((store, 35), (left, 38)):
+            for layer in one.kv_layers:
+                assert layer.observed.sums is not None
+                total = layer.observed.sums.sum(-1)
+                torch.testing.assert_close(total, torch.full((1, 2), 2.0 * tokens), rtol=1e-5, atol=0)
+
+
 # ---- the contract
 
 
