@@ -330,7 +330,7 @@ class RaggedKV:
         self._settle()
         group = self._alike("slot", "one a lane")
         group.ring = None
-        self._vacate(group, slot.reshape(-1))
+        self._vacate(group, slot.to(self.device).reshape(-1))
         self._tidy()
 
     def _alike(self, argument: str, got: object) -> Group:
