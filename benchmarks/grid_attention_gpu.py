@@ -3,7 +3,8 @@
 Counted first: touched tiles × 4 · 128 · 128 · D operations over the peak is the floor. `allowed` is 1.15 × touched ÷
 all tiles × the dense time of the same run for neighborhoods, 1.5 × touched ÷ causal tiles × dense causal time for
 radial attention. 200 random queries are compared with the reference in float32 before a time is printed. First-call
-times (compilation) are measured as well. Run it with `python benchmarks/grid_attention_gpu.py [PART OF A NAME]`.
+times (compilation) are measured as well. FlexAttention stands beside the neighborhoods; it compiles anew for each. Run
+it with `python benchmarks/grid_attention_gpu.py [PART OF A NAME [EXECUTOR …]]`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from regard.attend import attend
 from regard.evidence.record import machine, versions
 from regard.evidence.timing import milliseconds
-from regard.kernels.dispatch import EXECUTORS
 from regard.patterns import EMPTY, Pattern, neighborhood, radial_attention
 from regard.patterns.permutation import Tiling, best_tile, permuted
 from regard.patterns.radial import radial_blocks
@@ -80,9 +80,7 @@ def measure(name: str) -> dict[str, Any]:
     figures["floor"] = touched * heads * 4 * BLOCK * BLOCK * D / PEAK * 1e3
     share = touched / (tiles / 2) * 1.5 if radial else touched / tiles * 1.15
     figures |= {"touched": touched / tiles, "allowed": share * figures["dense"]}
-    for executor in EXECUTORS:
-        if executor in ("reference", "sdpa"):
-            continue
+    for executor in sys.argv[2:] or (("hopper",) if radial else ("hopper", "flex")):
         try:
             start = time.perf_counter()
             out = attend(q, k, v, pattern=pattern, backend=executor)

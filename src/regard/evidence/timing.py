@@ -10,6 +10,8 @@ import torch
 ROUND = 20.0
 """Milliseconds that a round lasts at least, as long as MOST calls suffice for it."""
 MOST = 20
+LONG = 50.0
+"""Milliseconds of one call from which one call warms up and three rounds are enough."""
 
 
 def milliseconds(work: Callable[[], object], *, warm_up: int = 3, rounds: int = 10) -> float:
@@ -18,9 +20,15 @@ def milliseconds(work: Callable[[], object], *, warm_up: int = 3, rounds: int = 
     Short work is queued several times in a round, so that the GPU's time is measured and not the time until it begins:
     what Python does for one call is hidden behind the call before, wherever the GPU is the slower of the two.
     """
-    for _ in range(warm_up):
-        work()
-    calls = min(MOST, max(1, ceil(ROUND / max(_row(work, 1), 1e-3))))
+    work()
+    once = _row(work, 1)
+    if once >= LONG:
+        rounds = min(rounds, 3)
+    else:
+        for _ in range(warm_up - 2):
+            work()
+        once = _row(work, 1)
+    calls = min(MOST, max(1, ceil(ROUND / max(once, 1e-3))))
     return float(torch.tensor([_row(work, calls) for _ in range(rounds)]).median())
 
 

@@ -235,7 +235,7 @@ def add_pieces(
     ds, dv = tl.arange(0, D), tl.arange(0, DV)
     sum_k, sum_v = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, DV], tl.float32)
     for piece in range(first, end):
-        at = Pieces + (piece.to(tl.int64) * BN + row[:, None]) * (D + DV)
+        at = Pieces + (tl.cast(piece, tl.int64) * BN + row[:, None]) * (D + DV)
         sum_k += tl.load(at + ds[None])
         sum_v += tl.load(at + D + dv[None])
     j = block * BN + row
