@@ -73,6 +73,7 @@ oracles: .venv-oracles/.installed
 docs: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/conformance --write-capabilities -n 0
 	$(BIN)/python -m tests.patterns.write_gallery
+	$(BIN)/python -m regard.evidence.study_picture docs/images
 	$(BIN)/python -c 'import regard.evidence as e; print(e.table(), end="")' > docs/evidence.md
 	$(BIN)/python benchmarks/tables.py > docs/benchmarks.md
 

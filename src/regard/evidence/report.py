@@ -35,6 +35,8 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def _section(entry: Claim | Later, record: Record | None) -> str:
+    from regard.evidence.study_picture import PICTURES, picture_name  # it is also run as a program
+
     lines = [
         f"## {entry.id}",
         "",
@@ -59,6 +61,8 @@ def _section(entry: Claim | Later, record: Record | None) -> str:
         stale = [name for name, text in record.claim.items() if name != "paper" and text != getattr(entry, name)]
         if stale:
             lines.append(f"- the claim's {', '.join(stale)} changed since it was measured")
+        if record.id in PICTURES:
+            lines += ["", f"![{PICTURES[record.id][0]}](images/{picture_name(record.id)})"]
     return "\n".join([*lines, ""])
 
 

@@ -26,10 +26,15 @@ def write(out: Path, results: Path = RESULTS) -> list[Path]:
     written = []
     for id, record in read(results).items():
         if id in PICTURES:
-            path = out / f"{id.replace('/', '--')}.svg"
+            path = out / picture_name(id)
             path.write_text(draw(record), encoding="utf-8")
             written.append(path)
     return written
+
+
+def picture_name(id: str) -> str:
+    """The file of a study's picture."""
+    return f"{id.replace('/', '--')}.svg"
 
 
 def _percent(value: float) -> str:

@@ -32,7 +32,9 @@ class Panel:
 
 def svg(title: str, panels: Sequence[Panel]) -> str:
     """The panels beside one another, one legend for all: lines of the same place have the same colour."""
-    width, height = len(panels) * (LEFT + WIDTH) + (len(panels) - 1) * (GAP - LEFT) + 24, TOP + HEIGHT + 76
+    legend = [52 + 7 * len(line.name) for line in panels[0].lines]
+    width = max(len(panels) * (LEFT + WIDTH) + (len(panels) - 1) * (GAP - LEFT) + 24, LEFT + sum(legend))
+    height = TOP + HEIGHT + 76
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
@@ -46,7 +48,7 @@ def svg(title: str, panels: Sequence[Panel]) -> str:
         colour, y = COLOURS[number % len(COLOURS)], height - 14
         parts.append(f'<line x1="{x:.0f}" x2="{x + 18:.0f}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" {STROKE}/>')
         parts.append(f'<text x="{x + 24:.0f}" y="{y}">{escape(line.name)}</text>')
-        x += 52 + 7 * len(line.name)
+        x += legend[number]
     return "\n".join([*parts, "</svg>", ""])
 
 
