@@ -109,10 +109,10 @@ def test_a_wrong_record_of_what_was_kept_is_red(monkeypatch: pytest.MonkeyPatch)
 def test_a_mutation_of_the_short_cut_for_equal_lanes_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unpadded rows that dropped nothing decode by another path than ragged ones."""
     model = zoo.build("llama")
-    original = cache.scaled_dot_product_attention
+    original = cache.over_cache
 
-    def mutated(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
-        return original(q, k.roll(1, 2), v, **given)
+    def mutated(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return original(q, k.roll(1, 2), v, scale)
 
-    monkeypatch.setattr(cache, "scaled_dot_product_attention", mutated)
+    monkeypatch.setattr(cache, "over_cache", mutated)
     assert "chunked prefill, unpadded" in _failed(proof.full_plan(model, []))

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regard.errors import ArgumentError, StoreError
-from regard.inference.ragged import PAGE, RaggedKV
+from regard.inference.lanes import PAGE
+from regard.inference.ragged import RaggedKV
 
 KEY, VALUE = 3, 2
 Entry = tuple[int, float, float]  # position, what k is filled with, what v is filled with

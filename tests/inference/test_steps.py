@@ -17,9 +17,9 @@ from tests.inference.tiny import ids, left_padded, llama
 from tests.inference.zoo import build
 from torch import Tensor
 
-import regard.inference.cache as cache
 from regard import registry
 from regard.errors import NotFiniteError
+from regard.inference import pruning
 from regard.inference.apply import evict, lowest, narrow, oldest, select
 from regard.inference.compose import Composed, Scope, Scoped
 from regard.inference.policies.duoattention import DuoAttention
@@ -28,6 +28,7 @@ from regard.inference.policies.moa import MoA
 from regard.inference.policies.streaming import Streaming
 from regard.inference.policies.tova import Tova
 from regard.inference.policy import MUST, CachePolicy, LayerView
+from regard.inference.pruning import PrunedLayer
 from regard.inference.ragged import RaggedKV
 from regard.inference.seam import Attached, attach
 from regard.inference.store import KVStore
@@ -45,17 +46,17 @@ def no_grad() -> Iterator[None]:
 @pytest.fixture
 def by_importance(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on every step is taken as for a policy of which nothing is known but its importance."""
-    allow = cache.KVLayer.allow
+    allow = PrunedLayer.allow
 
-    def knows_nothing(self: cache.KVLayer, limits: Tensor) -> None:
+    def knows_nothing(self: PrunedLayer, limits: Tensor) -> None:
         allow(self, limits)
         self._weighs, self._first = False, None
 
     def take() -> None:
-        monkeypatch.setattr(cache.KVLayer, "allow", knows_nothing)
-        monkeypatch.setattr(cache.KVLayer, "step", lambda self, *given: self.limits is None or generic(self, *given))
+        monkeypatch.setattr(PrunedLayer, "allow", knows_nothing)
+        monkeypatch.setattr(PrunedLayer, "step", lambda self, *given: self.limits is None or generic(self, *given))
 
-    def generic(self: cache.KVLayer, *given: object) -> None:
+    def generic(self: PrunedLayer, *given: object) -> None:
         self._has_window = False
         self._step_apart(*given)  # type: ignore[arg-type]
 
@@ -198,7 +199,7 @@ def test_the_usual_step_moves_nothing(plan: str, padded: bool, monkeypatch: pyte
         attached.model(ids(2, 1), past_key_values=store)
         attached.model(ids(2, 1), past_key_values=store)  # the first two make room and a hole
         for name in ("_order", "_regroup", "padded", "drop", "keep"):
-            monkeypatch.delattr(RaggedKV, name)
+            monkeypatch.setattr(RaggedKV, name, None)
         for step in range(200):
             attached.model(ids(2, 1, seed=step), past_key_values=store)
         assert all(held.tolist() == [[9, 9], [9, 9]] for held in store.entries)
@@ -209,7 +210,7 @@ def test_the_short_way_serves_a_composition_and_a_scope(monkeypatch: pytest.Monk
         store = attached.new_store()
         attached.model(ids(1, 30), past_key_values=store)
         attached.model(ids(1, 1), past_key_values=store)
-        monkeypatch.setattr(cache, "lowest", None)
+        monkeypatch.setattr(pruning, "lowest", None)
         attached.model(ids(1, 1), past_key_values=store)
         assert [held.tolist() for held in store.entries] == [[[22, 22]], [[9, 9]]]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from regard.errors import ArgumentError, StoreError
-from regard.inference.ragged import PAGE
+from regard.inference.lanes import PAGE
 from regard.inference.seam import Attached, attach
 from regard.inference.store import KVStore
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from regard.errors import AttachError, StoreError, UnsupportedError
-from regard.inference.ragged import PAGE
+from regard.inference.lanes import PAGE
 from regard.inference.seam import Attached, attach
 
 LONG = WINDOW + PAGE + 30

@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from regard.errors import ArgumentError, AttachError, RegardError, StoreError, UnsupportedError
 from regard.inference import persist
-from regard.inference.cache import HybridKVLayer, KVLayer
+from regard.inference.cache import KVLayer
 from regard.inference.call import AttentionCall, MaskRecipe
 from regard.inference.compose import Scoped, parts_of
+from regard.inference.hybrid import HybridKVLayer
 from regard.inference.interface import NAME, OWNERS, Pass, Passes
 from regard.inference.plan import Plan
 from regard.inference.policy import Needs

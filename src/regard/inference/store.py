@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from regard.errors import ArgumentError, AttachError, StoreError, require
 from regard.inference import persist
-from regard.inference.cache import Given, HybridKVLayer, KVLayer, copy_states
+from regard.inference.cache import Given, KVLayer
+from regard.inference.hybrid import HybridKVLayer, copy_states
 from regard.inference.plan import Plan
 from regard.inference.policy import Needs
 
@@ -55,8 +56,7 @@ class KVStore(Cache):
     """What a model attached to a plan keeps of the past.
 
     sealed: the prompt has ended and the plan's cache policy has acted. That happens at `seal()` or at the first
-    one-token
-    forward; tokens of a later longer forward are appended whole until `seal()` is called again.
+    one-token forward; tokens of a later longer forward are appended whole until `seal()` is called again.
     """
 
     def __init__(self, attached: Attached) -> None:
@@ -246,8 +246,7 @@ class KVStore(Cache):
         """A store with the same past, under another plan. Memory is shared until one of the two is written to.
 
         The prompt must have been observed for that plan: attach with `observe=[plan, …]`. A sealed store forks under
-        its
-        own plan only.
+        its own plan only.
         """
         plan = self.plan if plan is None else Plan.parse(plan) if isinstance(plan, str) else plan
         if self.sealed and plan != self.plan:
