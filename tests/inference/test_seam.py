@@ -10,6 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM, DynamicCache, StaticCach
 
 import regard.patterns as patterns
 from regard.errors import ArgumentError, AttachError, RegardError, StoreError, UnknownNameError, UnsupportedError
+from regard.inference.call import CallPattern
 from regard.inference.seam import attach
 
 
@@ -161,6 +162,19 @@ def test_a_prefill_part_is_the_dense_model_under_its_mask(lengths: list[int]) ->
     assert torch.allclose(got[real], want[real], atol=1e-5)
     dense = model(tokens, attention_mask=mask).logits
     assert not torch.allclose(got[real], dense[real], atol=1e-3)
+
+
+def test_a_sparse_prompt_without_padding_draws_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pattern answers for tiles: nothing is asked of the rule that stands for transformers' mask."""
+    model, tokens = llama(), ids(2, 40)
+    drawn = torch.ones(2, 41, dtype=torch.bool)
+    drawn[:, 0] = False  # one padded column in front, so that the mask has to be drawn
+    padded = torch.cat([torch.zeros(2, 1, dtype=torch.long), tokens], 1)
+    with attach(model, "prefill=streaming(sinks=2,window=6)"):
+        want = model(padded, attention_mask=drawn).logits[:, 1:]
+        monkeypatch.setattr(CallPattern, "rule", lambda *_: pytest.fail("a mask was drawn"))
+        got = model(tokens).logits
+    assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_patterns_and_the_seam_agree_on_what_a_window_is() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import ArgumentError
+from regard.patterns import causal
 from regard.patterns.algebra import Pattern
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -81,7 +82,18 @@ class AttentionCall:
     @property
     def plainly_causal(self) -> bool:
         """Nothing but `k ≤ q` over this forward's own, unpadded tokens: what every fused kernel does by itself."""
-        return self.fresh and self.recipe.causal and self.k_real is None and self.pattern is None
+        return self.pattern is None and self._causal_and_whole
+
+    @property
+    def plain_pattern(self) -> Pattern | None:
+        """What the plan's prefill part allows, causally, of this forward's own, unpadded tokens; None for other calls.
+
+        Unlike a mask of transformers it answers for whole tiles, so that kernels skip what it forbids."""
+        return causal() & self.pattern if self.pattern is not None and self._causal_and_whole else None
+
+    @property
+    def _causal_and_whole(self) -> bool:
+        return self.fresh and self.recipe.causal and self.k_real is None
 
     @property
     def k_positions(self) -> Tensor:

@@ -16,9 +16,9 @@ STRIP = 1 << 24
 def run_call(call: AttentionCall) -> Tensor:
     """(B, Hq, N, Dv) in q's dtype.
 
-    Masks of transformers are new functions in every forward, which a compiled kernel would be compiled for each time;
-    so
-    they are drawn, by strips: torch's fused attention where it can, the reference for soft-caps and sinks.
+    What the plan's prefill part allows of a causal prompt without padding is a pattern: its tiles are skipped. Masks of
+    transformers are new functions in every forward, which a compiled kernel would be compiled for each time; so they
+    are drawn, by strips: torch's fused attention where it can, the reference for soft-caps and sinks.
 
     A padding query that sees nothing gets the plain mean of the values, as transformers' eager attention gives it
     (it adds the smallest float to every logit); recurrent layers of hybrids read such rows.
@@ -27,6 +27,18 @@ def run_call(call: AttentionCall) -> Tensor:
         grouped = call.q.shape[1] != call.k.shape[1]
         return scaled_dot_product_attention(
             call.q, call.k, call.v, is_causal=call.q.shape[2] > 1, scale=call.scale, enable_gqa=grouped
+        )
+    sparse = call.plain_pattern
+    if sparse is not None:
+        return attend(
+            call.q,
+            call.k,
+            call.v,
+            pattern=sparse,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            backend="auto" if call.softcap is None else "reference",
         )
     batch = call.q.shape[0]
     q_columns = call.q_columns.expand(batch, -1)
