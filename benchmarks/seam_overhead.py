@@ -3,8 +3,8 @@
 Each layer's `update` and attention function are called as the model calls them, with a kernel that returns at once,
 for as many tokens as a page of the store holds, so that its share of making pages is in. The figures are processor time
 per call, least and median of the rounds; the full plan is measured first and last (A/A). transformers' own cache, of
-the same length, stands beside it. Floor: 0. Allowed: 50 µs; 200 µs for tova and h2o, which go by the weights of every
-token, so that attention is computed and counted in, as its arithmetic is.
+the same length, stands beside it. Floor: 0. Asked: 50 µs. tova and h2o go by the weights of every token: their
+attention is computed, and counted in.
 """
 
 from __future__ import annotations
