@@ -49,6 +49,15 @@ def test_list_as_table_and_as_json(run: Any) -> None:
     assert code == 0 and all("kv-cache" in e["families"] for e in json.loads(out))
 
 
+def test_a_narrow_terminal_cuts_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = " ".join(run("list", "--kind", "cache")[1].split())
+    for entry in regard.list("cache"):
+        assert entry.key in said and entry.summary.split()[-1] in said and "…" not in said
+    said = run("evidence", "list")[1]
+    assert "moa-mixture-of-sparse-attention/recall" in said and "…" not in said
+
+
 def test_show_and_its_picture(run: Any, tmp_path: Path) -> None:
     code, out, _ = run("show", "snapkv")
     assert code == 0 and "2404.14469" in out

@@ -76,7 +76,8 @@ def list_(
     if as_json:
         typer.echo(json.dumps([_entry(entry) for entry in found], indent=1, ensure_ascii=False))
         return
-    table = Table("name", "kind", "families", "what it is", box=None, padding=(0, 2, 0, 0))
+    names = Column("name", no_wrap=True)  # they are typed again, so never shortened
+    table = Table(names, "kind", "families", "what it is", box=None, padding=(0, 2, 0, 0))
     for entry in found:
         families = ", ".join(entry.families)
         table.add_row(Text(entry.key, style="bold"), entry.kind, Text(families), Text(entry.summary))
@@ -252,8 +253,7 @@ def evidence_list() -> None:
     from regard import evidence
 
     entries: list[evidence.Claim | evidence.Later] = [*evidence.entries(), *evidence.postponed()]
-    widest = max(len(entry.id) for entry in entries)  # ids are typed again, so never shortened
-    columns = (Column("id", min_width=widest, style="bold"), "needs", "claim")  # an id begins with its paper
+    columns = (Column("id", no_wrap=True, style="bold"), "needs", "claim")  # ids are typed again, so never shortened
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for claim in sorted(entries, key=lambda entry: entry.id):
         needs = "later" if isinstance(claim, evidence.Later) else claim.needs

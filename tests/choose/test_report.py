@@ -94,6 +94,10 @@ def test_the_terminal_shows_the_same_numbers(results: Results) -> None:
     show(results, Console(file=out, width=140))
     text = out.getvalue()
     assert "75% [41, 93]" in text and "9.8 KiB" in text and "20.0" in text and "[bold" not in text
+    narrow = StringIO()
+    show(results, Console(file=narrow, width=80))
+    wanted = {bytes_text(row.peak_bytes) for row in results.summary.plans}
+    assert "…" not in narrow.getvalue() and all(peak in narrow.getvalue() for peak in wanted)
 
 
 def test_front_ticks_and_labels() -> None:

@@ -48,10 +48,14 @@ def test_a_folder_loads_offline_and_computes_the_same(folder: Path, no_network: 
 def test_names_that_are_nothing_are_refused(tmp_path: Path, no_network: None) -> None:
     with pytest.raises(UnknownNameError, match="did you mean smollm2"):
         load("smollm3")
-    with pytest.raises(UnknownNameError, match="model"):
+    with pytest.raises(ArgumentError, match="a folder that exists"):
         load(str(tmp_path / "missing"))
-    with pytest.raises(ArgumentError, match="a causal language model that transformers can load"):
+    with pytest.raises(ArgumentError, match=r"holds no config\.json"):
         load(str(tmp_path))
+    with pytest.raises(UnknownNameError, match="model: got ''"):
+        load("")
+    with pytest.raises(ArgumentError, match="device: got 'cuda:99'"):
+        load("smollm2", device="cuda:99")
     with pytest.raises(ArgumentError, match="dtype: got 'int3'"):
         load("smollm2", dtype="int3")
 

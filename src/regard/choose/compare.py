@@ -81,6 +81,7 @@ def compare(
         plans = _served(loaded.model, plans, settings)
     names = {plan: name for name, plan in plans.items()}
     runner = make_runner(loaded, names) if make_runner else ModelRunner(loaded.model, loaded.tokenizer, names)
+    check_lengths(settings.context, 1, loaded.max_length)  # before a text is found too short for them
     first = [_sample(loaded, task, text, length, 0, settings) for task in tasks.values() for length in settings.context]
     check_lengths(settings.context, max(map(answer_room, first)), loaded.max_length)
     if make_runner is None:

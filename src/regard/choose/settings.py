@@ -69,6 +69,7 @@ class Settings:
             if mode not in MODES:
                 raise UnknownNameError("mode", mode, MODES)
         require(bool(self.modes), "mode", "nothing", " or ".join(MODES))
+        require(len(set(self.modes)) == len(self.modes), "mode", ", ".join(self.modes), "each mode once")
         recommend.check(self.max_drop, self.objective)
         self.checked_tasks()
         self.checked_plans()
@@ -92,11 +93,16 @@ class Settings:
             needy = _lacks_budget(plan)
             for budget in self.budget if needy else ("",):
                 name = f"{text} {budget}" if needy else text
-                made = (plan.with_budget(budget) if needy else plan).check()
+                try:
+                    made = (plan.with_budget(budget) if needy else plan).check()
+                except ArgumentError as error:
+                    raise ArgumentError("plans", repr(name), f"a plan that its budget suits ({error})") from error
                 if made not in found.values():
                     require(name not in found, "plans", text, "each plan once")
                     found[name] = made
-        require(len(found) > 1, "plans", ", ".join(self.plans or ()), f"at least one plan besides {BASELINE}")
+        require(
+            len(found) > 1, "plans", ", ".join(self.plans or ()) or "nothing", f"at least one plan besides {BASELINE}"
+        )
         return found
 
     def asked_plans(self) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def _accuracy(rows: list[PlanSummary]) -> Table:
 
 def _costs(rows: list[PlanSummary]) -> Table:
     table = _empty(rows)
-    for name in ("KV held after prompt", "KV read/token", "first token", "tokens/s", "peak memory"):
+    for name in ("KV held after prompt", "KV read per token", "first token", "tokens/s", "peak memory"):
         table.add_column(name, justify="right")
     for row in rows:
         memory = "" if row.memory is None else f" ({row.memory:.0%})"
@@ -74,7 +74,7 @@ def _costs(rows: list[PlanSummary]) -> Table:
 def _empty(rows: list[PlanSummary]) -> Table:
     longest = max(len(row.plan) for row in rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("plan", style="bold", overflow="fold", min_width=min(20, longest), max_width=34)
+    table.add_column("plan", style="bold", overflow="fold", no_wrap=longest <= 20, max_width=34)
     return table
 
 

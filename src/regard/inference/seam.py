@@ -358,7 +358,7 @@ class Attached:
                 latent = [layer.number for layer in layers if not layer.direct and heads[layer.number] == 1]
                 if apart and latent:
                     raise AttachError(
-                        f"{part}: layers {latent} cache one latent for all heads, "
+                        f"{plan}: layers {latent} cache one latent for all heads, "
                         "so heads cannot keep different entries"
                     )
                 policy.check_model(heads)

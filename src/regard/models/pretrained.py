@@ -61,9 +61,13 @@ def load(
 
     dtype: None means float32 on a CPU and the checkpoint's own dtype on an accelerator. device: None means CUDA where
     it exists. Aliases and folders never touch the network. Raises UnknownNameError for a name that is none of the
-    three, UnsupportedError when the package behind an alias is missing, ArgumentError when a folder holds no model.
+    three, UnsupportedError when the package behind an alias is missing, ArgumentError when a folder holds no model or
+    the device is not there.
     """
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        there = f"cpu, or one of the {torch.cuda.device_count()} CUDA devices here"
+        raise ArgumentError("device", repr(str(place)), there if torch.cuda.device_count() else "cpu: CUDA is not here")
     wanted: torch.dtype | str = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else "auto")
     if isinstance(wanted, str) and wanted != "auto":
         wanted = _dtype(wanted)
@@ -109,9 +113,14 @@ def _resolve(name: str) -> tuple[str, bool]:
     if name in ALIASES:
         return str(_unpacked(name, ALIASES[name])), True
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            wanted = "a causal language model that transformers can load (this folder holds no config.json)"
+            raise ArgumentError("model", repr(name), wanted)
         return str(folder), True
-    if "/" not in name or name.startswith((".", "/", "~")):
+    if name.startswith((".", "/", "~")):
+        raise ArgumentError("model", repr(name), "a folder that exists")
+    if "/" not in name:
         raise UnknownNameError("model", name, ALIASES)
     return name, False
 
