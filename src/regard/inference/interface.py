@@ -101,6 +101,8 @@ def attention(
     None."""
     owner = OWNERS.get(module)
     now = None if owner is None else owner.passes.current
+    if owner is not None and now is None and getattr(module, "is_causal", True) is False:
+        now = Pass(None, query.shape[0], query.shape[2], None)  # generate() has an image's tower run ahead
     if owner is None or now is None:
         raise AttachError(f"{type(module).__name__} was called past the attached model: call that model itself")
     if dropout and module.training:
@@ -224,12 +226,13 @@ def _unmasked(module: nn.Module, drawn: Tensor | None, others: dict[str, Any]) -
         raise AttachError(f"{type(module).__name__} draws a mask of its own, {tuple(drawn.shape)}: it cannot be routed")
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    if not causal:  # a tower of images: tokens' padding and offset are none of its own
+        return MaskRecipe(bidirectional_mask_function, causal=False)
     owner = OWNERS[module]
     now = owner.passes.current
     assert now is not None
     offset = 0 if now.store is None else now.store.forward.offset
-    function = causal_mask_function if causal else bidirectional_mask_function
-    return MaskRecipe(function, padding=now.padding, q_offset=offset, causal=bool(causal))
+    return MaskRecipe(causal_mask_function, padding=now.padding, q_offset=offset, causal=True)
 
 
 def _check(module: nn.Module, others: dict[str, Any]) -> None:

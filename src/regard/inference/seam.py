@@ -48,6 +48,8 @@ def attach(model: nn.Module, plan: Plan | str = "full", *, observe: Sequence[Pla
         with regard.attach(model, "snapkv(budget=512)"):
             model.generate(**inputs, max_new_tokens=64)
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", repr(model), "a transformers model, or a wrapper of one; not its name")
     return Attached(model, _plan(plan), [_plan(p) for p in observe])
 
 
@@ -365,7 +367,7 @@ class Attached:
 
 
 def _plan(plan: Plan | str) -> Plan:
-    return Plan.parse(plan) if isinstance(plan, str) else plan
+    return plan if isinstance(plan, Plan) else Plan.parse(plan)
 
 
 def _decoder(model: nn.Module) -> PreTrainedModel:
