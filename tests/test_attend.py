@@ -9,6 +9,7 @@ from tests.naive_attention import naive, qkv
 from regard import patterns as P
 from regard.attend import attend
 from regard.errors import ArgumentError, NotFiniteError
+from regard.kernels.block_sparse import with_sinks
 
 ONE = torch.ones(1, dtype=torch.bool)
 
@@ -138,3 +139,26 @@ def test_validate_names_what_is_not_finite(name: str, value: float, word: str) -
         attend(**given, validate=True)
     if name != "q":
         attend(**given, validate=True, kv_lengths=torch.full((2, 2), 3))
+
+
+def test_lengths_beside_a_pattern_that_knows_an_end() -> None:
+    """Positions shared by all rows, slots that exist in some of them: each row is answered for itself."""
+    q, k, v = (torch.randn(2, 2, 4, 8) for _ in range(3))
+    ids, lengths = torch.zeros(4, dtype=torch.long), torch.tensor([[3, 3], [2, 2]])
+    out = attend(q, k, v, pattern=P.documents(ids), kv_lengths=lengths, q_positions=torch.arange(4).expand(2, 4))
+    for row, length in enumerate((3, 2)):
+        alone = attend(q[row : row + 1], k[row : row + 1, :, :length], v[row : row + 1, :, :length])
+        assert torch.allclose(out[row : row + 1], alone, atol=1e-6)
+
+
+def test_what_is_no_pattern_is_named() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ArgumentError, match=r"pattern: got 'causal'"):
+        attend(q, q, q, pattern="causal")  # type: ignore[arg-type]
+
+
+def test_a_sink_of_nothing_beside_a_query_that_sees_nothing() -> None:
+    out, lse = torch.zeros(1, 2, 1, 4, requires_grad=True), torch.tensor([[[1.0], [-torch.inf]]], requires_grad=True)
+    both, total = with_sinks(out, lse, torch.tensor([-torch.inf, -torch.inf]))
+    assert bool(both.eq(0).all()) and total.flatten().tolist() == [1.0, -torch.inf]
+    assert all(x.isfinite().all() for x in torch.autograd.grad(both.sum() + total[0, 0, 0], (out, lse)))

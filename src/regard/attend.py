@@ -126,6 +126,8 @@ def attend(
     if sinks is not None:
         check_tensor("sinks", sinks, ((heads,),), "float", q)
     if pattern is not None:
+        known = isinstance(pattern, type(_full()).__mro__[1])
+        require(known, "pattern", repr(pattern), "a pattern, such as regard.patterns.causal()")
         pattern = pattern.to(q.device)
         facts = pattern.facts
         for what, own, asked in (("heads", facts.heads, heads), ("rows", facts.rows, batch)):

@@ -190,3 +190,11 @@ def test_training_with_gradients_goes_through_the_seam() -> None:
     with attach(model, "full"):
         model(tokens, labels=tokens).loss.backward()
     assert torch.allclose(model.model.layers[0].self_attn.k_proj.weight.grad, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", ["streaming(budget=9)@7-", "streaming(budget=9)@0-.5"])
+def test_a_scope_that_names_nothing_of_the_model_is_refused(plan: str) -> None:
+    model = llama()
+    with pytest.raises(RegardError, match=r"scope: got .*allowed: .* from 0 to 1"):
+        with attach(model, plan):
+            model(ids(1, 12), use_cache=True)

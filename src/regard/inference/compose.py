@@ -78,6 +78,13 @@ class Scoped(CachePolicy):
         return self.policy.needs_at(layer) if self.scope.has_layer(layer) else Needs()
 
     def check_model(self, heads: list[int]) -> None:
+        """Raise ArgumentError where the scope names no layer, or no KV head, that the model has."""
+        inside = [count for layer, count in enumerate(heads) if self.scope.has_layer(layer)]
+        require(bool(inside), "scope", str(self.scope), f"layers from 0 to {len(heads) - 1}")
+        among = self.scope.heads
+        most = max(inside)  # 0: no layer has stored anything yet
+        met = among is None or most == 0 or any(_within(among, h) for h in range(most))
+        require(met, "scope", str(self.scope), f"KV heads from 0 to {most - 1}")
         self.policy.check_model(heads)
 
     @property

@@ -189,6 +189,7 @@ def _loose(owner: Attached, now: Pass, q: Tensor, k: Tensor, v: Tensor, logits: 
     """Attention over keys that no store of ours holds: no cache asked for, a model's own cache, cross-attention."""
     n, m = q.shape[2], k.shape[2]
     recipe = logits.recipe
+    sees_all = recipe.mask_function is bidirectional_mask_function  # an image tower, an encoder: no prompt
     q_columns = torch.arange(recipe.q_offset, recipe.q_offset + n, device=q.device)
     k_columns = torch.arange(recipe.k_offset, recipe.k_offset + m, device=q.device)
     real = q_real = None
@@ -214,7 +215,7 @@ def _loose(owner: Attached, now: Pass, q: Tensor, k: Tensor, v: Tensor, logits: 
         q_real=q_real,
         softcap=logits.softcap,
         sinks=logits.sinks,
-        pattern=owner.plan.prefill.pattern(now.reached - 1) if fresh and n > 1 else None,
+        pattern=owner.plan.prefill.pattern(now.reached - 1) if fresh and n > 1 and not sees_all else None,
         position_of=None if real is None or not fresh else (real.cumsum(1) - 1).clamp_min(0),
         fresh=fresh,
     )

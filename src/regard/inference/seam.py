@@ -363,7 +363,7 @@ class Attached:
                         f"{plan}: layers {latent} cache one latent for all heads, "
                         "so heads cannot keep different entries"
                     )
-                policy.check_model(heads)
+                part.check_model(heads)
 
 
 def _plan(plan: Plan | str) -> Plan:

@@ -69,7 +69,10 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, 
     if sinks is None:
         return out, lse
     sinks = sinks.to(lse.dtype)[None, :, None]
-    return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
+    nothing = torch.isneginf(lse) & torch.isneginf(sinks)  # neither a key nor a sink: −inf − (−inf) is no number
+    held = lse.masked_fill(nothing, 0.0)
+    share = torch.sigmoid(held - sinks)[..., None]
+    return (out * share).to(out.dtype), torch.logaddexp(held, sinks).masked_fill(nothing, -torch.inf)
 
 
 @torch.compiler.disable  # its launches are Python's; torch.compile goes on around it
@@ -82,5 +85,6 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     how = launches(max(q.shape[3], v.shape[3]), q.dtype)
     if how.forward == SHORT and tiles(SHORT.block).touched * k.shape[2] >= LONG_ROW:
         how = replace(how, forward=LONG)
-    out, lse = BlockSparse.apply(q, k, v, tiles, request.scale, how)
+    with torch.cuda.device_of(q):  # kernels are launched on the current device, wherever their tensors lie
+        out, lse = BlockSparse.apply(q, k, v, tiles, request.scale, how)
     return with_sinks(out, lse, request.sinks)

@@ -35,7 +35,9 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) float32."""
     from regard.kernels.hopper.block_sparse import HopperBlockSparse
 
-    out, lse = HopperBlockSparse.apply(request.q, request.k, request.v, block_sparse.tiles_for(request), request.scale)
+    tiles = block_sparse.tiles_for(request)
+    with torch.cuda.device_of(request.q):  # kernels are launched on the current device, wherever their tensors lie
+        out, lse = HopperBlockSparse.apply(request.q, request.k, request.v, tiles, request.scale)
     return block_sparse.with_sinks(out, lse, request.sinks)
 
 

@@ -72,11 +72,12 @@ def positions(
 
 
 def _somewhere(exists: Tensor | None, positions: Tensor) -> Tensor | None:
-    """`exists` in the shape of positions; where heads share positions, a slot counts if any head holds a key in it."""
+    """`exists` in the shape of positions; where rows or heads share them, a slot counts if any holds a key in it."""
     if exists is None:
         return None
-    if positions.shape[1] < exists.shape[1]:
-        exists = exists.any(1, keepdim=True)
+    for dim in (0, 1):
+        if positions.shape[dim] < exists.shape[dim]:
+            exists = exists.any(dim, keepdim=True)
     return exists.expand(positions.shape)
 
 

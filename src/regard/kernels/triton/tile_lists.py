@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 ENTRIES = 1 << 24
 """Entries of PARTIAL tiles evaluated at a time."""
-KEPT = 16
-"""How many patterns' lists are kept, the most recently used."""
+KEPT = 48
+"""How many lists are kept, the most recently used: of a pattern one for each block, three where there is a backward."""
+_lock = Lock()  # autograd walks backward in threads of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +90,16 @@ def tiles_of(
 ) -> Tiles:
     """The lists of a pattern over n queries, the last of m positions, and m keys. Made once per pattern and shape."""
     key = (pattern, tuple(id(t) for t in pattern.facts.tensors), n, m, batch, heads, block, device)
-    if key in _kept:
-        _kept.move_to_end(key)
-    else:
-        tiles = _build(pattern, n, m, batch, heads, block, device)
+    with _lock:
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key][1]
+    tiles = _build(pattern, n, m, batch, heads, block, device)
+    with _lock:
         _kept[key] = pattern, tiles  # the pattern keeps its tensors' ids taken
         if len(_kept) > KEPT:
             _kept.popitem(last=False)
-    return _kept[key][1]
+    return tiles
 
 
 def _build(
