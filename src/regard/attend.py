@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from regard.errors import UnsupportedError, require
+from regard.errors import ArgumentError, UnsupportedError, require
 from regard.kernels.dispatch import Explanation, dispatch
 from regard.kernels.merge import apply_sinks, merge
 from regard.kernels.positions import check_extent, existing, positions
@@ -126,8 +126,8 @@ def attend(
     if sinks is not None:
         check_tensor("sinks", sinks, ((heads,),), "float", q)
     if pattern is not None:
-        known = isinstance(pattern, type(_full()).__mro__[1])
-        require(known, "pattern", repr(pattern), "a pattern, such as regard.patterns.causal()")
+        if not hasattr(pattern, "facts"):
+            raise ArgumentError("pattern", repr(pattern), "a pattern, such as regard.patterns.causal()")
         pattern = pattern.to(q.device)
         facts = pattern.facts
         for what, own, asked in (("heads", facts.heads, heads), ("rows", facts.rows, batch)):
