@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 
@@ -68,6 +72,17 @@ made = {
         2, 1, 2, 4, 0.1, 0.1, BM=KEYS[0], BN=KEYS[1], SLOTS=3, **shape,
     ),
 }  # fmt: skip
+
+
+def assembled(ptx: str) -> str:
+    """What ptxas says when it is asked to say more."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", source, "-o", source.with_suffix(".cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 print(
     json.dumps(
         {
@@ -75,6 +90,7 @@ print(
                 "products": len(re.findall("wgmma.mma_async", kernel.asm["ptx"])),
                 "copies": len(re.findall("cp.async.bulk.tensor", kernel.asm["ptx"])),
                 "shared": kernel.metadata.shared,
+                "serialized": "serialized" in assembled(kernel.asm["ptx"]),
             }
             for name, kernel in made.items()
         }

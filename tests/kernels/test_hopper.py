@@ -33,6 +33,7 @@ def test_they_compile_for_an_h100() -> None:
     for name, kernel in made.items():
         assert kernel["products"] and kernel["copies"], name  # tensor cores and tensor memory copies are used
         assert kernel["shared"] <= 232448, name
+        assert not kernel["serialized"], f"{name}: each product waits for the one before"
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -43,6 +44,22 @@ def test_transposed_bits_are_the_bits(name: str) -> None:
     turned = ((tiles.bits_by_key.long()[..., None] >> eight) & 1).flatten(2)  # (P, BN, BM)
     assert torch.equal(turned, entries[tiles.by_key.slot.long()].mT)
     assert torch.equal(tiles.by_query.slot, torch.arange(len(tiles.bits), dtype=torch.int32))
+
+
+@triton
+@pytest.mark.parametrize("columns", [64, 128])
+def test_words_hold_the_columns_that_a_lane_holds(columns: int) -> None:
+    from regard.kernels.hopper.words import lane_words
+
+    entries = torch.rand(3, 5, columns) < 0.5
+    bits = (entries.view(3, 5, -1, 8).int() << torch.arange(8)).sum(-1).to(torch.uint8)
+    words = lane_words(bits)
+    assert words.element_size() * 8 == columns // 4
+    for lane in range(4):
+        held = [c for c in range(columns) if c % 8 // 2 == lane]
+        found = [(words[..., lane].int() >> place) & 1 for place in range(len(held))]
+        assert torch.equal(torch.stack(found, -1).bool(), entries[..., held])
+    assert lane_words(bits[:0]).numel() > 0
 
 
 @triton

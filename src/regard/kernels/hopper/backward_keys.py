@@ -18,23 +18,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from regard.kernels.hopper.parts import (
-    allowed,
     barriers,
     copy_in,
     copy_out,
     following,
     lists_of,
-    load_words,
     meet,
     operand,
-    preceding,
     product,
 )
+from regard.kernels.hopper.words import ZERO, keep_allowed, load_words
 
 
 @gluon.jit
@@ -149,43 +146,38 @@ def _differentiate(
         piece = gl.load(Work + 4 * w + 3)
         kv_head, block = place // blocks, place % blocks
         b, hk = kv_head // kv_heads, kv_head % kv_heads
-        dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, product(D)))
-        dv = warpgroup_mma_init(gl.zeros([64, DV], gl.float32, product(DV)))
+        dk = gl.zeros([64, D], gl.float32, product(D))
+        dv = gl.zeros([64, DV], gl.float32, product(DV))
         mbarrier.wait(held.index(0), held_phase)
         held_phase ^= 1
         before = gl.to_tensor(0)
-        begun = place < 0  # no tile yet whose slot is still in use
         for g in range(0, group):
             run, run_end, part, part_end = lists_of(Start, MaskOf, b * heads + hk * group + g, block, blocks)
             for t in range(part + gl.maximum(first - before, 0), part + gl.minimum(end - before, part_end - part)):
                 words = load_words(Words, t, half, BN, BM)
                 dk, dv, slot, phase = _step(
-                    k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, begun, dk, dv, scale, words,
+                    k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, dk, dv, scale, words,
                     True, BM, D, DV, SLOTS,
                 )  # fmt: skip
-                begun = place >= 0
             before += part_end - part
             for r in range(run, run_end):
                 count = gl.load(Count + r)
                 for _ in range(gl.maximum(first - before, 0), gl.minimum(end - before, count)):
                     dk, dv, slot, phase = _step(
-                        k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, begun, dk, dv, scale, 0,
+                        k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, dk, dv, scale, 0,
                         False, BM, D, DV, SLOTS,
                     )  # fmt: skip
-                    begun = place >= 0
                 before += count
-        sum_k, sum_v = warpgroup_mma_wait(0, deps=(dk, dv))
-        mbarrier.arrive(free.index(preceding(slot, SLOTS)), pred=begun)
-        sum_k = sum_k * natural_scale
+        dk = dk * natural_scale
         if piece >= 0:
             rows = piece.to(gl.int64) * BN + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, product(D)))
-            gl.store(Pieces + rows[:, None] * (D + DV) + gl.arange(0, D, gl.SliceLayout(0, product(D)))[None, :], sum_k)
+            gl.store(Pieces + rows[:, None] * (D + DV) + gl.arange(0, D, gl.SliceLayout(0, product(D)))[None, :], dk)
             rows = piece.to(gl.int64) * BN + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, product(DV)))
             dims = D + gl.arange(0, DV, gl.SliceLayout(0, product(DV)))
-            gl.store(Pieces + rows[:, None] * (D + DV) + dims[None, :], sum_v)
+            gl.store(Pieces + rows[:, None] * (D + DV) + dims[None, :], dv)
         else:
-            k.store(sum_k.to(k.dtype))  # the keys and values are not needed any more
-            v.store(sum_v.to(v.dtype))
+            k.store(dk.to(k.dtype))  # the keys and values are not needed any more
+            v.store(dv.to(v.dtype))
             fence_async_shared()
             meet()
             at = [b, hk, block * BN + half * 64, 0]
@@ -197,10 +189,10 @@ def _differentiate(
 
 @gluon.jit
 def _step(
-    k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, begun, dk, dv, scale, words,
+    k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, dk, dv, scale, words,
     MASK: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Add one tile. The products of the one before may still run when this begins, and this one's when it ends."""
+    """Add one tile."""
     q = q_smem.index(slot).reshape([BM, D])
     d = d_smem.index(slot).reshape([BM, DV])
     zero = gl.zeros([64, BM], gl.float32, product(BM))
@@ -209,14 +201,15 @@ def _step(
     s = warpgroup_mma(k, q.permute((1, 0)), zero + gl.expand_dims(base, 0), is_async=True)
     delta = delta_smem.index(slot).reshape([BM]).load(gl.SliceLayout(0, product(BM)))
     dweights = warpgroup_mma(v, d.permute((1, 0)), zero + gl.expand_dims(delta, 0), is_async=True)
-    s, dk, dv = warpgroup_mma_wait(1, deps=(s, dk, dv))
-    mbarrier.arrive(free.index(preceding(slot, SLOTS)), pred=begun)
+    s = warpgroup_mma_wait(1, deps=(s,))
     weights = gl.exp2(s * scale)
     if MASK:
-        weights = gl.where(allowed(words, BM), weights, 0.0)
+        weights = keep_allowed(weights, words, ZERO, BM)
     dv = warpgroup_mma(gl.convert_layout(weights.to(k.dtype), operand(DV)), d, dv, is_async=True)
     dweights = warpgroup_mma_wait(1, deps=(dweights,))
     dk = warpgroup_mma(gl.convert_layout((weights * dweights).to(k.dtype), operand(D)), q, dk, is_async=True)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    mbarrier.arrive(free.index(slot))
     slot, phase = following(slot, phase, SLOTS)
     return dk, dv, slot, phase
 

@@ -12,24 +12,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from regard.kernels.hopper.parts import (
-    allowed,
     barriers,
     copy_in,
     copy_out,
     fetch_pair,
     following,
     lists_of,
-    load_words,
     meet,
     operand,
-    preceding,
     product,
 )
+from regard.kernels.hopper.words import ZERO, keep_allowed, load_words
 
 
 @gluon.jit
@@ -114,27 +111,22 @@ def _differentiate(
         i = block * BM + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, product(BN)))
         base = gl.load(Base + head.to(gl.int64) * rows + i) * scale
         delta = gl.load(Delta + head.to(gl.int64) * rows + i)
-        dq = warpgroup_mma_init(gl.zeros([64, D], gl.float32, product(D)))
+        dq = gl.zeros([64, D], gl.float32, product(D))
         mbarrier.wait(held.index(0), held_phase)
         held_phase ^= 1
-        begun = part < 0  # no tile yet whose slot is still in use
         for t in range(part, part_end):
             words = load_words(Words, t, half, BM, BN)
             dq, slot, phase = _step(
-                q, d, k_smem, v_smem, full, free, slot, phase, begun, dq, base, delta, scale, words,
+                q, d, k_smem, v_smem, full, free, slot, phase, dq, base, delta, scale, words,
                 True, BN, D, DV, SLOTS,
             )  # fmt: skip
-            begun = part >= 0
         for r in range(run, run_end):
             for _ in range(0, gl.load(Count + r)):
                 dq, slot, phase = _step(
-                    q, d, k_smem, v_smem, full, free, slot, phase, begun, dq, base, delta, scale, 0,
+                    q, d, k_smem, v_smem, full, free, slot, phase, dq, base, delta, scale, 0,
                     False, BN, D, DV, SLOTS,
                 )  # fmt: skip
-                begun = part >= 0
-        result = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(free.index(preceding(slot, SLOTS)), pred=begun)
-        q.store((result * natural_scale).to(q.dtype))  # the queries are not needed any more
+        q.store((dq * natural_scale).to(q.dtype))  # the queries are not needed any more
         fence_async_shared()
         meet()
         at = [head // heads, head % heads, block * BM + half * 64, 0]
@@ -145,23 +137,23 @@ def _differentiate(
 
 @gluon.jit
 def _step(
-    q, d, k_smem, v_smem, full, free, slot, phase, begun, dq, base, delta, scale, words,
+    q, d, k_smem, v_smem, full, free, slot, phase, dq, base, delta, scale, words,
     MASK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Add one tile. The product of the one before may still run when this begins, and this one's when it ends."""
+    """Add one tile."""
     k = k_smem.index(slot).reshape([BN, D])
     v = v_smem.index(slot).reshape([BN, DV])
     zero = gl.zeros([64, BN], gl.float32, product(BN))
     mbarrier.wait(full.index(slot), phase)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     dweights = warpgroup_mma(d, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s, dq = warpgroup_mma_wait(1, deps=(s, dq))
-    mbarrier.arrive(free.index(preceding(slot, SLOTS)), pred=begun)
+    s = warpgroup_mma_wait(1, deps=(s,))
     weights = gl.exp2(s * scale + gl.expand_dims(base, 1))
     if MASK:
-        weights = gl.where(allowed(words, BN), weights, 0.0)
+        weights = keep_allowed(weights, words, ZERO, BN)
     dweights = warpgroup_mma_wait(0, deps=(dweights,))
     ds = weights * (dweights + gl.expand_dims(delta, 1))
-    dq = warpgroup_mma(gl.convert_layout(ds.to(q.dtype), operand(D)), k, dq, is_async=True)
+    dq = warpgroup_mma(gl.convert_layout(ds.to(q.dtype), operand(D)), k, dq)
+    mbarrier.arrive(free.index(slot))
     slot, phase = following(slot, phase, SLOTS)
     return dq, slot, phase

@@ -16,6 +16,7 @@ from regard.kernels.hopper.backward_queries import backward_queries
 from regard.kernels.hopper.forward import block_sparse_forward
 from regard.kernels.hopper.parts import ROWS, aligned, descriptor, line
 from regard.kernels.hopper.schedule import key_works, query_works
+from regard.kernels.hopper.words import words_by_key, words_by_query
 from regard.kernels.triton.tile_lists import Tiles
 
 LOG2E = 1.4426950408889634
@@ -45,7 +46,7 @@ class HopperBlockSparse(torch.autograd.Function):
         lists, works = told.by_query, query_works(told, programs)
         block_sparse_forward[(min(programs, len(works)),)](
             descriptor(q, ROWS), descriptor(k, FORWARD[1]), descriptor(v, FORWARD[1]), descriptor(out, ROWS), lse,
-            works, lists.start, lists.first, lists.count, lists.other, _words(told.bits), told.mask_of,
+            works, lists.start, lists.first, lists.count, lists.other, words_by_query(told), told.mask_of,
             n, heads, heads // kv_heads, lists.blocks, len(works), scale * LOG2E,
             BM=FORWARD[0], BN=FORWARD[1], D=dim, DV=dim_v, SLOTS=2, **LAUNCH,
         )  # fmt: skip
@@ -75,7 +76,7 @@ class HopperBlockSparse(torch.autograd.Function):
         backward_queries[(min(programs, len(works)),)](
             descriptor(q, ROWS), descriptor(dout, ROWS), descriptor(k, QUERIES[1]), descriptor(v, QUERIES[1]),
             descriptor(dq, ROWS), base, delta,
-            works, lists.start, lists.first, lists.count, lists.other, _words(told.bits), told.mask_of,
+            works, lists.start, lists.first, lists.count, lists.other, words_by_query(told), told.mask_of,
             padded, heads, heads // kv_heads, lists.blocks, len(works), *scales,
             BM=QUERIES[0], BN=QUERIES[1], SLOTS=3, **shape, **LAUNCH,
         )  # fmt: skip
@@ -86,7 +87,7 @@ class HopperBlockSparse(torch.autograd.Function):
         backward_keys[(min(programs, len(dealt)),)](
             descriptor(q, KEYS[0]), descriptor(dout, KEYS[0]), line(base, KEYS[0]), line(delta, KEYS[0]),
             descriptor(k, ROWS), descriptor(v, ROWS), descriptor(dk, ROWS), descriptor(dv, ROWS), sums,
-            dealt, lists.start, lists.first, lists.count, lists.other, _words(told.bits_by_key), told.mask_of,
+            dealt, lists.start, lists.first, lists.count, lists.other, words_by_key(told), told.mask_of,
             heads, heads // kv_heads, lists.blocks, len(dealt), *scales,
             BM=KEYS[0], BN=KEYS[1], SLOTS=3, **shape, **LAUNCH,
         )  # fmt: skip
@@ -126,11 +127,6 @@ def _like(x: Tensor) -> Tensor:
     """Memory for a gradient of x, in x's order of dimensions where copies can write it."""
     made = torch.empty_like(x)
     return made if aligned(made) is made else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _words(bits: Tensor) -> Tensor:
-    """The same bits, 32 a number."""
-    return bits.view(torch.int32) if bits.numel() else bits.new_zeros(1, dtype=torch.int32)
 
 
 @cache

@@ -18,19 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from regard.kernels.hopper.parts import (
-    allowed,
     barriers,
     copy_in,
     copy_out,
     fetch,
     following,
     lists_of,
-    load_words,
     meet,
     operand,
     product,
-    product_by_words,
 )
+from regard.kernels.hopper.words import MINUS_INFINITY, all_allowed, keep_allowed, load_words
 
 
 @gluon.jit
@@ -127,7 +125,7 @@ def _attend(
             whole = gl.to_tensor(0)  # FULL tiles to come
             for r in range(run, run_end):
                 whole += gl.load(Count + r)
-            words = gl.full([64, BN // 32], -1, gl.int32, gl.SliceLayout(2, product_by_words(BN)))
+            words = all_allowed(BN)
             if part < part_end:
                 words = load_words(Words, part, half, BM, BN)
             else:
@@ -139,20 +137,20 @@ def _attend(
             s = warpgroup_mma(q, k, gl.zeros([64, BN], gl.float32, logits), use_acc=False)
             mbarrier.arrive(k_free.index(slot))
             weights, top, total, _ = _softmax(s, top, total, scale, words, True, BN)
-            p = gl.convert_layout(weights.to(q.dtype), operand(DV))
+            mbarrier.wait(v_full.index(slot), phase)
             for t in range(part + 1, part_end):
                 words = load_words(Words, t, half, BM, BN)
-                p, acc, top, total, slot, phase = _step(
-                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, p, acc, top, total, scale, words,
+                weights, acc, top, total, slot, phase = _step(
+                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, weights, acc, top, total, scale, words,
                     True, BN, D, DV, SLOTS,
                 )  # fmt: skip
             for _ in range(0, whole):
-                p, acc, top, total, slot, phase = _step(
-                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, p, acc, top, total, scale, 0,
+                weights, acc, top, total, slot, phase = _step(
+                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, weights, acc, top, total, scale, 0,
                     False, BN, D, DV, SLOTS,
                 )  # fmt: skip
             mbarrier.arrive(q_free.index(0))
-            mbarrier.wait(v_full.index(slot), phase)
+            p = gl.convert_layout(weights.to(q.dtype), operand(DV))
             acc = warpgroup_mma(p, v_smem.index(slot).reshape([BN, DV]), acc)
             mbarrier.arrive(v_free.index(slot))
             slot, phase = following(slot, phase, SLOTS)
@@ -174,30 +172,31 @@ def _attend(
 
 @gluon.jit
 def _step(
-    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, p, acc, top, total, scale, words,
+    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, weights, acc, top, total, scale, words,
     MASK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Add the values of the tile in `slot`, whose weights are p; make the weights of the next one."""
+    """Add the values of the tile in `slot`, whose weights these are; make the weights of the next one."""
     ahead, ahead_phase = following(slot, phase, SLOTS)
     mbarrier.wait(k_full.index(ahead), ahead_phase)
     k = k_smem.index(ahead).reshape([BN, D]).permute((1, 0))
     s = warpgroup_mma(q, k, gl.zeros([64, BN], gl.float32, product(BN)), use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(slot), phase)
+    p = gl.convert_layout(weights.to(q.dtype), operand(DV))  # here: carried from step to step it would be unpacked
     acc = warpgroup_mma(p, v_smem.index(slot).reshape([BN, DV]), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_free.index(ahead))
     weights, top, total, fade = _softmax(s, top, total, scale, words, MASK, BN)
+    mbarrier.wait(v_full.index(ahead), ahead_phase)  # here: ptxas moves no arithmetic across this loop
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_free.index(slot))
     acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, product(DV))), 1)
-    return gl.convert_layout(weights.to(q.dtype), operand(DV)), acc, top, total, ahead, ahead_phase
+    return weights, acc, top, total, ahead, ahead_phase
 
 
 @gluon.jit
 def _softmax(s, top, total, scale, words, MASK: gl.constexpr, BN: gl.constexpr):
     """Weights of a tile under the new maximum, the maximum, the sum, and the factor of what was before."""
     if MASK:
-        s = gl.where(allowed(words, BN), s, -float("inf"))
+        s = keep_allowed(s, words, MINUS_INFINITY, BN)
     new = gl.maximum(top, gl.max(s, 1) * scale)
     safe = gl.where(new == -float("inf"), 0.0, new) if MASK else new
     weights = gl.exp2(s * scale - gl.expand_dims(safe, 1))

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: layouts, the ring of tiles between the warps that load and those that compute, masks.
+"""What the Hopper kernels share: layouts, the ring of tiles between the warps that load and those that compute.
 
 Each kernel is one persistent program per multiprocessor with three roles: one warp that only loads (tensor memory
 copies into a ring of tiles, announced by barriers), and two groups of four warps that compute 64 rows each. A slot of
@@ -38,42 +38,6 @@ def operand(columns):
     return gl.DotOperandLayout(operand_index=0, parent=product(columns), k_width=2)
 
 
-@gluon.constexpr_function
-def product_by_words(columns):
-    """`product(columns)` seen as (64, columns / 32 words, 32 bits)."""
-    ordered = [1] + [8 << i for i in range((columns // 8).bit_length() - 1)]
-    at = lambda row, column: [row, column // 32, column % 32]  # noqa: E731
-    return gl.DistributedLinearLayout(
-        reg_bases=[at(0, 1), at(8, 0), *(at(0, c) for c in ordered[1:])],
-        lane_bases=[at(0, 2), at(0, 4), at(1, 0), at(2, 0), at(4, 0)],
-        warp_bases=[at(16, 0), at(32, 0)],
-        block_bases=[],
-        shape=[64, columns // 32, 32],
-    )
-
-
-@gluon.jit
-def load_words(Words, tile, half, ROWS_OF_TILE: gl.constexpr, COLUMNS: gl.constexpr):
-    """int32 (64, COLUMNS / 32): the bits of 64 rows of a PARTIAL tile, 32 columns a word."""
-    layout: gl.constexpr = gl.SliceLayout(2, product_by_words(COLUMNS))
-    row = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    word = gl.arange(0, COLUMNS // 32, gl.SliceLayout(0, layout))
-    base = Words + tile.to(gl.int64) * (ROWS_OF_TILE * COLUMNS // 32)
-    return gl.load(base + row[:, None] * (COLUMNS // 32) + word[None, :])
-
-
-@gluon.jit
-def allowed(words, COLUMNS: gl.constexpr):
-    """bool (64, COLUMNS) of those words.
-
-    Shifted once by what differs between lanes (bits 1 and 2 of a column), so that the rest is a test of fixed bits."""
-    layout: gl.constexpr = product_by_words(COLUMNS)
-    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    bit = gl.expand_dims(gl.expand_dims(bit, 0), 1)
-    on = (gl.expand_dims(words, 2) >> (bit & 6)) & (1 << (bit & 25))
-    return gl.convert_layout(gl.reshape(on, [64, COLUMNS]), product(COLUMNS)) != 0
-
-
 @gluon.jit
 def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
     """One barrier a slot, passed after that many arrivals."""
@@ -89,12 +53,6 @@ def following(slot, phase, SLOTS: gl.constexpr):
     slot += 1
     around = slot == SLOTS
     return gl.where(around, 0, slot), gl.where(around, phase ^ 1, phase)
-
-
-@gluon.jit
-def preceding(slot, SLOTS: gl.constexpr):
-    """The slot before."""
-    return gl.where(slot == 0, SLOTS - 1, slot - 1)
 
 
 @gluon.jit
