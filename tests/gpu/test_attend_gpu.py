@@ -48,6 +48,12 @@ def test_causal_with_other_value_width(backend: str) -> None:
     check({"pattern": P.causal()}, sample(torch.bfloat16, value_width=32), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", (*BACKENDS, "triton"))
+def test_the_last_queries_of_more_keys(backend: str, dtype: torch.dtype) -> None:
+    check({"pattern": P.causal()}, sample(dtype, n=70, m=N), backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_documents_and_rows_that_see_nothing(backend: str) -> None:
     ids = torch.tensor([[0] * 100 + [1] * 150 + [-1] * 50, [7] * 300])
@@ -165,6 +171,8 @@ def test_auto_prefers_what_is_fast() -> None:
         ({"pattern": P.causal(), "return_lse": True}, sparse),
     ):
         assert attend(q, k, v, **given, explain=True)[-1].executor == expected
+    assert attend(q[:, :, -500:], k, v, pattern=P.causal(), explain=True)[-1].executor == "sdpa"
+    assert attend(q[:, :, -500:], k, v, pattern=window, explain=True)[-1].executor == sparse
     assert attend(q[:, :, -1:], k, v, pattern=window, explain=True)[-1].executor == "sdpa"
     dispatch._announced.clear()
     with pytest.warns(UserWarning, match="plain torch reference"):

@@ -68,7 +68,7 @@ made = {
         BM=QUERIES[0], BN=QUERIES[1], SLOTS=3, **shape,
     ),
     "keys": backward_keys.warmup(
-        *(descriptor(x, KEYS[0]),) * 2, *(line(terms, KEYS[0]),) * 2, rows, rows, rows, rows, terms, *(lists,) * 7,
+        *(descriptor(x, KEYS[0]),) * 2, *(line(terms, KEYS[0]),) * 2, rows, rows, rows, rows, terms, *(lists,) * 8,
         2, 1, 2, 4, 0.1, 0.1, BM=KEYS[0], BN=KEYS[1], SLOTS=3, **shape,
     ),
 }  # fmt: skip

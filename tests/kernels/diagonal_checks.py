@@ -119,11 +119,6 @@ def parts() -> None:
     mixer.MAX_DIM = held
 
 
-def _name(node: torch.autograd.graph.Node) -> str:
-    """torch 2.11 has no name() for functions of our own."""
-    return node.name() if type(node).__module__ == "builtins" else type(node).__name__
-
-
 def nothing_is_copied() -> None:
     """Between the kernels' function and inputs that it takes as they are, autograd meets views alone: the gradients of
     a split and of an index would be copies of whole tensors."""
@@ -131,11 +126,12 @@ def nothing_is_copied() -> None:
         q, k, v = (torch.randn(1, 5, 2, 16, device=DEVICE).transpose(1, 2).requires_grad_() for _ in range(3))
         g = log_decay(kind, 1, 2, 5, 16)
         told = DiagonalInputs(q, k, v, None if g is None else g.to(DEVICE).requires_grad_())
-        waiting, met = [DiagonalDecay(executor="triton").scan(told)[0].grad_fn], set()
+        out, _ = DiagonalDecay(executor="triton").scan(told)  # while it lives, its nodes do
+        waiting, met = [out.grad_fn], set()
         while waiting:
             node = waiting.pop()
-            if node is not None and _name(node) not in met:
-                met.add(_name(node))
+            if node is not None and node.name() not in met:
+                met.add(node.name())
                 waiting += [before for before, _ in node.next_functions]
         views = {"ExpandBackward0", "SqueezeBackward1", "torch::autograd::AccumulateGrad"}
         assert met <= views | {"_DiagonalBackward", "ChannelDecayBackward"}, met

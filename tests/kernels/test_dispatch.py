@@ -101,15 +101,33 @@ def test_the_reference_on_a_gpu_is_announced_once(monkeypatch: pytest.MonkeyPatc
     d._announce_expensive(Large(), "sdpa", [("flex", "other")])
 
 
-@pytest.mark.parametrize(("compiling", "first"), [(False, "hopper"), (True, "flex")])
-def test_on_a_gpu_what_skips_tiles_leads(monkeypatch: pytest.MonkeyPatch, compiling: bool, first: str) -> None:
+@pytest.mark.parametrize(
+    ("n", "m", "fused", "compiling", "first"),
+    [
+        (8192, 8192, False, False, "hopper"),
+        (8192, 8192, False, True, "flex"),
+        (512, 512, False, False, "hopper"),
+        (200, 200, False, False, "sdpa"),  # tiny
+        (1, 1 << 20, False, False, "sdpa"),  # decoding: each length would need its own list of tiles
+        (8192, 8192, True, False, "sdpa"),
+        (512, 8192, True, False, "sdpa"),
+        (8192, 65536, True, False, "hopper"),  # torch has FlashAttention-2 alone for the last queries of more
+        (1, 1 << 26, True, False, "sdpa"),
+    ],
+)
+def test_who_is_asked_first_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, n: int, m: int, fused: bool, compiling: bool, first: str
+) -> None:
     class OnGpu:
         is_cuda = True
-        shape = (1, 1, 1 << 13, 64)
 
-    class Large:
-        q = k = OnGpu()
+        def __init__(self, length: int) -> None:
+            self.shape = (1, 1, length, 64)
 
-    monkeypatch.setattr(d.sdpa, "fused", lambda request: False)
+    class Given:
+        q, k = OnGpu(n), OnGpu(m)
+
+    monkeypatch.setattr(d.sdpa, "fused", lambda request: fused)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    assert d.preference(Large())[0][0] == first
+    order = d.preference(Given())[0]
+    assert order[0] == first and set(order) == set(d.EXECUTORS)

@@ -73,31 +73,58 @@ def test_every_tile_is_worked_on_once(name: str, programs: int) -> None:
     works = query_works(tiles, programs)
     assert torch.equal(works.sort().values, torch.arange(len(works), dtype=torch.int32))
 
-    visits = tiles.by_key.visits[tiles.mask_of.long()].view(batch, kv_heads, 2, -1).sum(2).flatten()
+    visits = tiles.by_key.visits[tiles.mask_of.long()].view(batch * kv_heads, 2, -1).mT.flatten(0, 1)  # (places, group)
     for told in (key_works(tiles, kv_heads, batch, programs), _cut(visits, 7, programs)):
-        met = torch.zeros(int(visits.max()) + 1, len(visits), dtype=torch.long)
-        pieces: dict[int, int] = {}
-        for place, first, end, piece in told.works.tolist():
-            met[first:end, place] += 1
-            if piece >= 0:
-                pieces[piece] = place
+        met = torch.zeros(int(visits.max()) + 1, *visits.shape, dtype=torch.long)
+        places: dict[int, int] = {}
+        for place, head, head_end, first, end, piece in told.works.tolist():
+            met[first:end, place, head:head_end] += 1
+            if piece < 0:
+                assert (head, head_end, first) == (0, 2, 0) and end > int(visits.max())
             else:
-                assert first == 0 and end == visits[place]
-        wanted = torch.arange(len(met))[:, None] < visits
-        assert torch.equal(met, wanted.long())
-        assert sorted(pieces) == list(range(told.pieces))
-        assert {p for place, a, b in told.cuts.tolist() for p in range(a, b) if pieces[p] == place} == set(pieces)
+                places[piece] = place
+                assert head_end == head + 1 and first < end <= int(visits[place, head])
+        beyond = torch.arange(len(met))[:, None, None] >= visits
+        assert bool(((met == 1) | beyond).all())
+        assert sorted(places) == list(range(told.pieces))
+        assert {p for place, a, b in told.cuts.tolist() for p in range(a, b) if places[p] == place} == set(places)
 
 
 @triton
 def test_heavy_blocks_are_cut_and_come_first() -> None:
     from regard.kernels.hopper.schedule import SHORTEST, _cut
 
-    visits = torch.tensor([3, 40 * SHORTEST, 3, 3])
+    visits = torch.tensor([[1, 2], [40 * SHORTEST, 0], [3, 0], [0, 3]])
     told = _cut(visits, SHORTEST, 4)
-    sizes = told.works[:, 2] - told.works[:, 1]
-    assert told.pieces == 40 and int(sizes.max()) == SHORTEST and sizes[:40].min() == SHORTEST
+    sizes = (told.works[:, 4] - told.works[:, 3])[:40]
+    assert told.pieces == 40 and sizes.unique().tolist() == [SHORTEST] and told.works[:40, 5].min() >= 0
     assert told.cuts.tolist() == [[1, 0, 40]]
+
+
+@triton
+def test_programs_have_like_shares() -> None:
+    from regard.kernels.hopper.schedule import key_works
+
+    pattern = causal() & (sliding_window(1024) | attention_sink(4))
+    tiles = tiles_of(pattern, 8192, 8192, batch=1, heads=32, block=(64, 128), device=CPU)
+    works = key_works(tiles, 8, 1, 132).works
+    size = torch.where(
+        works[:, 5] < 0, tiles.by_key.visits[0].repeat(8)[works[:, 0].long()] * 4, works[:, 4] - works[:, 3]
+    )
+    load = torch.zeros(132, dtype=torch.long).index_add_(0, torch.arange(len(size)) % 132, size)
+    assert int(load.sum()) == int(tiles.by_key.visits.sum()) * 32 and load.max() < 1.1 * load.float().mean()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_tiles_ahead_of_each_run(name: str) -> None:
+    lists = tiles_of(PATTERNS[name], 300, 300, batch=2, heads=4, block=(16, 8), device=CPU).by_key
+    found = iter(lists.ahead.tolist())
+    for run, run_end, part, part_end in lists.start.view(-1, 4).tolist():
+        met = part_end - part
+        for r in range(run, run_end):
+            assert next(found) == met
+            met += int(lists.count[r])
+    assert next(found, None) is None
 
 
 def test_it_says_why_it_does_not_serve() -> None:

@@ -31,8 +31,12 @@ EXECUTORS: MappingProxyType[str, Executor] = MappingProxyType(
     {"reference": reference, "sdpa": sdpa, "flex": flex, "triton": block_sparse, "hopper": hopper_sparse}
 )
 
+_SPARSE = ("hopper", "triton")
 _EXPENSIVE = 1 << 24  # logits per head from which the reference on a GPU is announced
-_SMALL = 1 << 22  # logits per head up to which a drawn mask beats compiling a kernel for it
+_TINY = 1 << 16  # logits per head up to which no kernel is worth being compiled, even once
+_FEW = 64  # queries below which a kernel's block is mostly empty, and a cache's every length is a list of tiles anew
+_SMALL = 1 << 22  # up to which a drawn mask beats flex, which compiles for every pattern
+_LONG = 1 << 24  # from which a kernel's own speed counts more than its launch
 _announced: set[str] = set()
 
 
@@ -53,14 +57,18 @@ def preference(request: Request) -> tuple[tuple[str, ...], str]:
     """The order in which executors are asked under backend="auto", and the reason for it."""
     if not request.q.is_cuda:
         return ("sdpa", "reference", "flex"), "off the GPU torch's fused attention leads, and flex is not fused"
-    logits = request.q.shape[2] * request.k.shape[2]
+    n, m = request.q.shape[2], request.k.shape[2]
     if sdpa.fused(request):
-        return ("sdpa", "flex", "reference"), "no mask has to be drawn, so torch's fused attention leads"
-    if logits <= _SMALL:
-        return ("sdpa", "flex", "reference"), "so small a mask is cheaper to draw than a kernel is to compile"
+        if 1 < n < m and n * m > _LONG:
+            why = "for the last queries of a long row torch has FlashAttention-2 alone, which Hopper's kernels outrun"
+            return ("hopper", "sdpa", "triton", "flex", "reference"), why
+        return ("sdpa", *_SPARSE, "flex", "reference"), "no mask has to be drawn, so torch's fused attention leads"
+    if n * m <= _TINY or n < _FEW:
+        return ("sdpa", *_SPARSE, "flex", "reference"), "so small a mask is drawn before a kernel knows its tiles"
     if torch.compiler.is_compiling():
-        return ("flex", "hopper", "triton", "sdpa", "reference"), "torch compiles flex together with what is around it"
-    return ("hopper", "triton", "flex", "sdpa", "reference"), "it skips empty tiles and compiles nothing per pattern"
+        return ("flex", *_SPARSE, "sdpa", "reference"), "torch compiles flex together with what is around it"
+    rest = ("sdpa", "flex") if n * m <= _SMALL else ("flex", "sdpa")
+    return (*_SPARSE, *rest, "reference"), "it skips empty tiles and compiles nothing per pattern"
 
 
 def choose(request: Request, backend: str) -> Explanation:

@@ -25,7 +25,9 @@ def refuses(request: Request) -> str | None:
 
 
 def fused(request: Request) -> bool:
-    """Whether no mask has to be drawn: everything visible, or plain causal over aligned positions."""
+    """Whether no mask has to be drawn: everything visible, or plain causal over aligned positions.
+
+    Where queries are the last of more positions, FlashAttention's kernel has to serve."""
     return request.exists is None and (request.pattern is None or _plainly_causal(request))
 
 
@@ -37,6 +39,8 @@ def run(request: Request) -> tuple[Tensor, None]:
         q, k, v = (F.pad(x, (0, max(q.shape[3], width) - x.shape[3])) for x in (q, k, v))
     if fused(request):
         causal = request.pattern is not None and q.shape[2] > 1
+        if causal and q.shape[2] < k.shape[2]:  # is_causal counts queries from the first key, this op from the last
+            return _flash(q, k, v, request.scale, causal=True), None
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=request.scale, enable_gqa=grouped)
         return out[..., :width], None
@@ -55,11 +59,20 @@ def over_cache(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     torch's own choice on a Hopper GPU, cuDNN, builds a plan for every M that it has not met: 17 to 70 ms for each
     decoded token. FlashAttention's kernel, which splits the keys among multiprocessors, needs none.
     """
-    width = q.shape[3]
-    flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and width == v.shape[3]
-    if flash and width % 8 == 0 and width <= 256 and _has_flash(q.device) and not _wants_gradient(q, k, v):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    if _flash_takes(q, v) and not _wants_gradient(q, k, v):
+        return _flash(q, k, v, scale, causal=False)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)[0]
+    return out
+
+
+def _flash_takes(q: Tensor, v: Tensor) -> bool:
+    width = q.shape[3]
+    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and width == v.shape[3]
+    return fits and width % 8 == 0 and width <= 256 and _has_flash(q.device)
 
 
 @cache
@@ -75,7 +88,8 @@ def _plainly_causal(request: Request) -> bool:
     from regard.patterns import causal
 
     n, m = request.q.shape[2], request.k.shape[2]
-    return request.aligned and n in (1, m) and request.pattern == causal()
+    served = n in (1, m) or (n < m and _flash_takes(request.q, request.v))
+    return request.aligned and served and request.pattern == causal()
 
 
 def _mask_lanes(request: Request) -> int:

@@ -15,7 +15,7 @@ from regard.kernels.tiles import EMPTY, FULL, tile_kinds
 
 STRIP_ELEMENTS = 1 << 24  # logits (or mask entries) of one strip, over all rows and heads: 64 MiB in float32
 _KEY_BLOCK = 128
-_TALLEST = 256  # queries of a strip, where a pattern may leave most keys out: a taller strip sees more of them
+_TALLEST = 256  # queries of a strip on a CPU, where a pattern may leave most keys out: a taller strip sees more of them
 _WORTH_CROPPING = 2048  # keys below which looking for the visible range costs more than it saves
 
 
@@ -67,7 +67,7 @@ def height_for(request: Request, lanes: int) -> int:
     n = request.q.shape[2]
     m = request.k.shape[2]
     height = max(1, STRIP_ELEMENTS // max(1, lanes * m))
-    if m >= _WORTH_CROPPING and request.pattern is not None:
+    if m >= _WORTH_CROPPING and request.pattern is not None and not request.q.is_cuda:
         height = min(height, _TALLEST)
     return min(n, height if height < 64 else height - height % 64) or 1
 

@@ -1,7 +1,7 @@
 """Block-sparse attention on Hopper, backward: dk and dv of a block of 128 keys, from the queries that see it.
 
 Everything lies as (keys, queries): Pᵀ = exp(scale · K Qᵀ − lse), dV = Pᵀ dO, dK = scale · (Pᵀ ∘ (V dOᵀ − δ)) Q, over
-all query heads of the group. −lse / scale and −δ are where the products' sums begin, so that they cost nothing.
+all query heads of the group.
 
 A block that many queries see (a sink) would keep one multiprocessor busy long after the others. Its tiles are dealt out
 in pieces; a piece leaves its sums in float32, and `add_pieces` adds them in order: results repeat bit for bit.
@@ -37,13 +37,14 @@ from regard.kernels.hopper.words import ZERO, keep_allowed, load_words
 @gluon.jit
 def backward_keys(
     q_desc, d_desc, base_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc, Pieces, Work,
-    Start, First, Count, Other, Words, MaskOf, heads, group, blocks, works, scale, natural_scale,
+    Start, First, Count, Ahead, Other, Words, MaskOf, heads, group, blocks, works, scale, natural_scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk (B, Hkv, M, D) and dv (B, Hkv, M, DV), or a piece of them, (128, D + DV) float32, in Pieces.
 
-    Work (works, 4) int32: key head · blocks + block; its first and its end tile, counted over the group's heads, of
-    each the PARTIAL ones first; the piece to write, −1 where these are all tiles.
+    Work (works, 6) int32: key head · blocks + block; first and end query head of its group; the first and the end of
+    each one's tiles, the PARTIAL ones first; the piece to write, −1 where these are all tiles of all heads. Ahead: how
+    many tiles come before each run of FULL ones. (A count kept from loop to loop would not do: Triton 3.6 drops it.)
     """
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BM, D], q_desc.layout)
@@ -59,13 +60,13 @@ def backward_keys(
     gl.warp_specialize(
         [
             (_differentiate, (UPPER, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, dk_desc, dv_desc, bars,
-                              Pieces, Work, Start, Count, Words, MaskOf, heads, group, blocks, works, scale,
+                              Pieces, Work, Start, Count, Ahead, Words, MaskOf, heads, group, blocks, works, scale,
                               natural_scale, BM, BN, D, DV, SLOTS)),
             (_differentiate, (LOWER, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, dk_desc, dv_desc, bars,
-                              Pieces, Work, Start, Count, Words, MaskOf, heads, group, blocks, works, scale,
+                              Pieces, Work, Start, Count, Ahead, Words, MaskOf, heads, group, blocks, works, scale,
                               natural_scale, BM, BN, D, DV, SLOTS)),
             (_load, (q_desc, d_desc, base_desc, delta_desc, k_desc, v_desc, q_smem, d_smem, base_smem, delta_smem,
-                     k_smem, v_smem, bars, Work, Start, First, Count, Other, MaskOf, heads, group, blocks, works,
+                     k_smem, v_smem, bars, Work, Start, First, Count, Ahead, Other, MaskOf, heads, group, blocks, works,
                      BM, BN, SLOTS)),
         ],
         [4, 1],
@@ -74,16 +75,22 @@ def backward_keys(
 
 
 @gluon.jit
+def _work(Work, w):
+    row = Work + 6 * w
+    return gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3), gl.load(row + 4), gl.load(row + 5)
+
+
+@gluon.jit
 def _load(
     q_desc, d_desc, base_desc, delta_desc, k_desc, v_desc, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, bars,
-    Work, Start, First, Count, Other, MaskOf, heads, group, blocks, works,
+    Work, Start, First, Count, Ahead, Other, MaskOf, heads, group, blocks, works,
     BM: gl.constexpr, BN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     held, released, full, free = bars
     kv_heads = heads // group
     slot, phase, held_phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for w in range(gl.program_id(0), works, gl.num_programs(0)):
-        place, first, end = gl.load(Work + 4 * w), gl.load(Work + 4 * w + 1), gl.load(Work + 4 * w + 2)
+        place, head, head_end, first, end, _ = _work(Work, w)
         kv_head, block = place // blocks, place % blocks
         b, hk = kv_head // kv_heads, kv_head % kv_heads
         mbarrier.wait(released.index(0), held_phase ^ 1)
@@ -93,27 +100,24 @@ def _load(
             at = [b, hk, block * BN + half * 64, 0]
             copy_in(k_desc, at, held.index(0), k_smem.index(half))
             copy_in(v_desc, at, held.index(0), v_smem.index(half))
-        before = gl.to_tensor(0)  # tiles met, those of other pieces too
-        for g in range(0, group):
+        for g in range(head, head_end):
             h = hk * group + g
             run, run_end, part, part_end = lists_of(Start, MaskOf, b * heads + h, block, blocks)
-            for t in range(part + gl.maximum(first - before, 0), part + gl.minimum(end - before, part_end - part)):
+            for t in range(part + first, part + gl.minimum(end, part_end - part)):
                 _load_tile(
                     q_desc, d_desc, base_desc, delta_desc, q_smem, d_smem, base_smem, delta_smem, full, free,
                     b, h, b * heads + h, gl.load(Other + t) * BM, slot, phase,
                 )  # fmt: skip
                 slot, phase = following(slot, phase, SLOTS)
-            before += part_end - part
             for r in range(run, run_end):
-                count = gl.load(Count + r)
+                ahead = gl.load(Ahead + r)
                 begin = gl.load(First + r)
-                for i in range(gl.maximum(first - before, 0), gl.minimum(end - before, count)):
+                for i in range(gl.maximum(first - ahead, 0), gl.minimum(end - ahead, gl.load(Count + r))):
                     _load_tile(
                         q_desc, d_desc, base_desc, delta_desc, q_smem, d_smem, base_smem, delta_smem, full, free,
                         b, h, b * heads + h, (begin + i) * BM, slot, phase,
                     )  # fmt: skip
                     slot, phase = following(slot, phase, SLOTS)
-                before += count
 
 
 @gluon.jit
@@ -132,7 +136,7 @@ def _load_tile(
 @gluon.jit
 def _differentiate(
     half: gl.constexpr, q_smem, d_smem, base_smem, delta_smem, k_smem, v_smem, dk_desc, dv_desc, bars, Pieces, Work,
-    Start, Count, Words, MaskOf, heads, group, blocks, works, scale, natural_scale,
+    Start, Count, Ahead, Words, MaskOf, heads, group, blocks, works, scale, natural_scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """64 keys of each block."""
@@ -142,32 +146,28 @@ def _differentiate(
     k = k_smem.index(half).reshape([64, D])
     v = v_smem.index(half).reshape([64, DV])
     for w in range(gl.program_id(0), works, gl.num_programs(0)):
-        place, first, end = gl.load(Work + 4 * w), gl.load(Work + 4 * w + 1), gl.load(Work + 4 * w + 2)
-        piece = gl.load(Work + 4 * w + 3)
+        place, head, head_end, first, end, piece = _work(Work, w)
         kv_head, block = place // blocks, place % blocks
         b, hk = kv_head // kv_heads, kv_head % kv_heads
         dk = gl.zeros([64, D], gl.float32, product(D))
         dv = gl.zeros([64, DV], gl.float32, product(DV))
         mbarrier.wait(held.index(0), held_phase)
         held_phase ^= 1
-        before = gl.to_tensor(0)
-        for g in range(0, group):
+        for g in range(head, head_end):
             run, run_end, part, part_end = lists_of(Start, MaskOf, b * heads + hk * group + g, block, blocks)
-            for t in range(part + gl.maximum(first - before, 0), part + gl.minimum(end - before, part_end - part)):
+            for t in range(part + first, part + gl.minimum(end, part_end - part)):
                 words = load_words(Words, t, half, BN, BM)
                 dk, dv, slot, phase = _step(
                     k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, dk, dv, scale, words,
                     True, BM, D, DV, SLOTS,
                 )  # fmt: skip
-            before += part_end - part
             for r in range(run, run_end):
-                count = gl.load(Count + r)
-                for _ in range(gl.maximum(first - before, 0), gl.minimum(end - before, count)):
+                ahead = gl.load(Ahead + r)
+                for _ in range(gl.maximum(first - ahead, 0), gl.minimum(end - ahead, gl.load(Count + r))):
                     dk, dv, slot, phase = _step(
                         k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, dk, dv, scale, 0,
                         False, BM, D, DV, SLOTS,
                     )  # fmt: skip
-                before += count
         dk = dk * natural_scale
         if piece >= 0:
             rows = piece.to(gl.int64) * BN + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, product(D)))
@@ -197,17 +197,17 @@ def _step(
     d = d_smem.index(slot).reshape([BM, DV])
     zero = gl.zeros([64, BM], gl.float32, product(BM))
     mbarrier.wait(full.index(slot), phase)
-    base = base_smem.index(slot).reshape([BM]).load(gl.SliceLayout(0, product(BM)))
-    s = warpgroup_mma(k, q.permute((1, 0)), zero + gl.expand_dims(base, 0), is_async=True)
-    delta = delta_smem.index(slot).reshape([BM]).load(gl.SliceLayout(0, product(BM)))
-    dweights = warpgroup_mma(v, d.permute((1, 0)), zero + gl.expand_dims(delta, 0), is_async=True)
+    base = gl.expand_dims(base_smem.index(slot).reshape([BM]).load(gl.SliceLayout(0, product(BM))), 0)
+    delta = gl.expand_dims(delta_smem.index(slot).reshape([BM]).load(gl.SliceLayout(0, product(BM))), 0)
+    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dweights = warpgroup_mma(v, d.permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    weights = gl.exp2(s * scale)
+    weights = gl.exp2(s * scale + base)
     if MASK:
         weights = keep_allowed(weights, words, ZERO, BM)
     dv = warpgroup_mma(gl.convert_layout(weights.to(k.dtype), operand(DV)), d, dv, is_async=True)
     dweights = warpgroup_mma_wait(1, deps=(dweights,))
-    dk = warpgroup_mma(gl.convert_layout((weights * dweights).to(k.dtype), operand(D)), q, dk, is_async=True)
+    dk = warpgroup_mma(gl.convert_layout((weights * (dweights + delta)).to(k.dtype), operand(D)), q, dk, is_async=True)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     mbarrier.arrive(free.index(slot))
     slot, phase = following(slot, phase, SLOTS)

@@ -109,7 +109,7 @@ def _differentiate(
         head, block = work // blocks, work % blocks
         run, run_end, part, part_end = lists_of(Start, MaskOf, head, block, blocks)
         i = block * BM + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, product(BN)))
-        base = gl.load(Base + head.to(gl.int64) * rows + i) * scale
+        base = gl.load(Base + head.to(gl.int64) * rows + i)
         delta = gl.load(Delta + head.to(gl.int64) * rows + i)
         dq = gl.zeros([64, D], gl.float32, product(D))
         mbarrier.wait(held.index(0), held_phase)

@@ -67,7 +67,7 @@ class HopperBlockSparse(torch.autograd.Function):
         base, delta = (torch.empty(batch * heads, padded, dtype=torch.float32, device=q.device) for _ in range(2))
         row_terms[(padded // ROWS, batch * heads)](
             out, dout, None if dlse is None else dlse.contiguous(), lse, base, delta, *out.stride()[:3],
-            *dout.stride()[:3], n, padded, heads, ctx.scale, ROWS=ROWS, DV=dim_v, HAS_DLSE=dlse is not None,
+            *dout.stride()[:3], n, padded, heads, ROWS=ROWS, DV=dim_v, HAS_DLSE=dlse is not None,
         )  # fmt: skip
 
         dq, dk, dv = (_like(x) for x in (q, k, v))
@@ -87,7 +87,7 @@ class HopperBlockSparse(torch.autograd.Function):
         backward_keys[(min(programs, len(dealt)),)](
             descriptor(q, KEYS[0]), descriptor(dout, KEYS[0]), line(base, KEYS[0]), line(delta, KEYS[0]),
             descriptor(k, ROWS), descriptor(v, ROWS), descriptor(dk, ROWS), descriptor(dv, ROWS), sums,
-            dealt, lists.start, lists.first, lists.count, lists.other, words_by_key(told), told.mask_of,
+            dealt, lists.start, lists.first, lists.count, lists.ahead, lists.other, words_by_key(told), told.mask_of,
             heads, heads // kv_heads, lists.blocks, len(dealt), *scales,
             BM=KEYS[0], BN=KEYS[1], SLOTS=3, **shape, **LAUNCH,
         )  # fmt: skip
@@ -101,10 +101,10 @@ class HopperBlockSparse(torch.autograd.Function):
 
 @triton.jit
 def row_terms(
-    Out, DOut, DLse, Lse, Base, Delta, sob, soh, son, sdb, sdh, sdn, n, padded, heads, scale,
+    Out, DOut, DLse, Lse, Base, Delta, sob, soh, son, sdb, sdh, sdn, n, padded, heads,
     ROWS: tl.constexpr, DV: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Base = −lse / scale and Delta = dlse − Σ dout · out, (B·H, padded) float32.
+    """Base = −lse in base 2 and Delta = dlse − Σ dout · out, (B·H, padded) float32.
 
     Base is −inf for queries that saw nothing and beyond the last: all their weights become 0."""
     head = tl.program_id(1)
@@ -120,7 +120,7 @@ def row_terms(
     lse = tl.load(Lse + line, mask=inside, other=-float("inf"))
     place = head.to(tl.int64) * padded + i
     tl.store(Delta + place, delta)
-    tl.store(Base + place, tl.where(lse == -float("inf"), -float("inf"), -lse / scale))
+    tl.store(Base + place, tl.where(lse == -float("inf"), -float("inf"), -lse * 1.4426950408889634))
 
 
 def _like(x: Tensor) -> Tensor:

@@ -141,13 +141,13 @@ def _attend(
             for t in range(part + 1, part_end):
                 words = load_words(Words, t, half, BM, BN)
                 weights, acc, top, total, slot, phase = _step(
-                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, weights, acc, top, total, scale, words,
-                    True, BN, D, DV, SLOTS,
+                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, weights, acc, top, total, scale,
+                    words, True, BN, D, DV, SLOTS,
                 )  # fmt: skip
             for _ in range(0, whole):
                 weights, acc, top, total, slot, phase = _step(
-                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, weights, acc, top, total, scale, 0,
-                    False, BN, D, DV, SLOTS,
+                    q, k_smem, v_smem, k_full, k_free, v_full, v_free, slot, phase, weights, acc, top, total, scale,
+                    0, False, BN, D, DV, SLOTS,
                 )  # fmt: skip
             mbarrier.arrive(q_free.index(0))
             p = gl.convert_layout(weights.to(q.dtype), operand(DV))

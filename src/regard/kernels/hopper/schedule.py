@@ -18,8 +18,12 @@ SHORTEST = 64
 """Tiles of a piece at least: shorter ones cost more to add than they save."""
 
 
+WHOLE = 1 << 30
+"""The end of a work that is no piece: beyond all tiles."""
+
+
 class KeyWorks(NamedTuple):
-    """works (W, 4) int32 and cuts (C, 3) int32 as `backward_keys` and `add_pieces` take them; how many pieces."""
+    """works (W, 6) int32 and cuts (C, 3) int32 as `backward_keys` and `add_pieces` take them; how many pieces."""
 
     works: Tensor
     cuts: Tensor
@@ -43,28 +47,35 @@ def key_works(tiles: Tiles, kv_heads: int, batch: int, programs: int) -> KeyWork
     made = _keys.setdefault(tiles, {})
     if kv_heads not in made:
         visits = tiles.by_key.visits[tiles.mask_of.long()]
-        visits = visits.view(batch, kv_heads, -1, visits.shape[-1]).sum(2).flatten()
+        visits = visits.view(batch * kv_heads, -1, visits.shape[-1]).transpose(1, 2).flatten(0, 1).contiguous()
         limit = max(SHORTEST, -(-int(visits.sum()) // (2 * programs)))
         made[kv_heads] = _cut(visits, limit, programs)
     return made[kv_heads]
 
 
 def _cut(visits: Tensor, limit: int, programs: int) -> KeyWorks:
-    """visits (places,) long: tiles of each place."""
-    parts = (-(-visits // limit)).clamp_min(1)
-    place = torch.arange(len(parts), device=parts.device).repeat_interleave(parts)
-    nth = torch.arange(len(place), device=parts.device) - (parts.cumsum(0) - parts)[place]
-    size = (-(-visits // parts))[place]
-    first = nth * size
-    end = torch.minimum(first + size, visits[place])
-    many = parts > 1
-    in_pieces = many[place]
-    piece = torch.where(in_pieces, in_pieces.cumsum(0) - 1, -1)
-    works = torch.stack([place, first, end, piece], 1)
-    works = works[_dealt((end - first).argsort(descending=True, stable=True), programs)]
-    ends = parts[many].cumsum(0)
-    cuts = torch.stack([many.nonzero()[:, 0], ends - parts[many], ends], 1)
-    return KeyWorks(works.int().contiguous(), cuts.int().contiguous(), int(in_pieces.sum()))
+    """visits (places, group) long: tiles of each place, by the heads that share its keys. No piece spans two heads."""
+    group, device = visits.shape[1], visits.device
+    whole = (visits.sum(1) <= limit).nonzero()[:, 0]
+    works = torch.tensor([0, 0, group, 0, WHOLE, -1], device=device).expand(len(whole), -1).clone()
+    works[:, 0] = whole
+    cut = (visits.sum(1) > limit).nonzero()[:, 0]
+    many = visits[cut]
+    parts = -(-many // limit)  # (cuts, group)
+    place, head = (parts > 0).nonzero(as_tuple=True)
+    parts, many = parts[place, head], many[place, head]
+    row = torch.arange(len(parts), device=device).repeat_interleave(parts)
+    nth = torch.arange(len(row), device=device) - (parts.cumsum(0) - parts)[row]
+    first = nth * (-(-many // parts))[row]
+    end = torch.minimum(first + (-(-many // parts))[row], many[row])
+    piece = torch.arange(len(row), device=device)
+    pieces = torch.stack([cut[place[row]], head[row], head[row] + 1, first, end, piece], 1)
+    size = torch.cat([visits[whole].sum(1), end - first])
+    works = torch.cat([works, pieces])[_dealt(size.argsort(descending=True, stable=True), programs)]
+    of_cut = torch.bincount(place[row], minlength=len(cut))
+    ends = of_cut.cumsum(0)
+    cuts = torch.stack([cut, ends - of_cut, ends], 1)
+    return KeyWorks(works.int().contiguous(), cuts.int().contiguous(), len(row))
 
 
 def _dealt(order: Tensor, programs: int) -> Tensor:

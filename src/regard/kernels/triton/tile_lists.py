@@ -50,6 +50,14 @@ class TileLists:
         up_to = torch.nn.functional.pad(self.count.long().cumsum(0), (1, 0))
         return up_to[run_end] - up_to[run] + part_end - part
 
+    @cached_property
+    def ahead(self) -> Tensor:
+        """int32, of each run: how many tiles its block visits before it, the PARTIAL ones first."""
+        run, run_end, part, part_end = self.start.long().view(-1, 4).unbind(-1)
+        up_to = torch.nn.functional.pad(self.count.long().cumsum(0), (1, 0))
+        before = (part_end - part - up_to[run]).repeat_interleave(run_end - run)
+        return (before + up_to[:-1]).int()
+
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
