@@ -54,6 +54,14 @@ for name, (pattern, n, m) in cases.items():
     for ours, truth in zip(*results, strict=True):
         error = (torch.nan_to_num(ours, neginf=-9) - torch.nan_to_num(truth, neginf=-9)).abs().max().item()
         assert error < 5e-5, (name, error)
+out = attend(q, k, v, pattern=causal(), backend="triton")
+(first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+try:
+    torch.autograd.grad(first.sum(), q)
+except RuntimeError as error:
+    assert "once_differentiable" in str(error)
+else:
+    raise AssertionError("a gradient of gradients that is not one")
 print("agree")
 """
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regard.kernels.hopper.backward_keys import add_pieces, backward_keys
 from regard.kernels.hopper.backward_queries import backward_queries
@@ -56,6 +57,7 @@ class HopperBlockSparse(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         batch, heads, n, dim = q.shape
@@ -65,7 +67,7 @@ class HopperBlockSparse(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else aligned(dout)
         padded = triton.cdiv(n, QUERIES[0]) * QUERIES[0]
         base, delta = (torch.empty(batch * heads, padded, dtype=torch.float32, device=q.device) for _ in range(2))
-        row_terms[(padded // ROWS, batch * heads)](
+        row_terms[(padded // ROWS * batch * heads,)](
             out, dout, None if dlse is None else dlse.contiguous(), lse, base, delta, *out.stride()[:3],
             *dout.stride()[:3], n, padded, heads, ROWS=ROWS, DV=dim_v, HAS_DLSE=dlse is not None,
         )  # fmt: skip
@@ -107,9 +109,10 @@ def row_terms(
     """Base = −lse in base 2 and Delta = dlse − Σ dout · out, (B·H, padded) float32.
 
     Base is −inf for queries that saw nothing and beyond the last: all their weights become 0."""
-    head = tl.program_id(1)
+    blocks = padded // ROWS
+    head = tl.program_id(0) // blocks
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     inside, dv, at = i < n, tl.arange(0, DV), i[:, None].to(tl.int64)
     out = tl.load(Out + b * sob + h * soh + at * son + dv[None], mask=inside[:, None], other=0.0).to(tl.float32)
     dout = tl.load(DOut + b * sdb + h * sdh + at * sdn + dv[None], mask=inside[:, None], other=0.0).to(tl.float32)

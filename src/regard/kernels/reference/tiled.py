@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regard.errors import require
 from regard.patterns import Pattern
@@ -149,6 +150,7 @@ class _Tiled(torch.autograd.Function):
         return out.flatten(1, 2).to(q.dtype), lse_out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         pattern, scale, visits = ctx.about

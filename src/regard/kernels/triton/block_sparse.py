@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regard.kernels.triton.tile_lists import TileLists, Tiles
 
@@ -102,8 +103,8 @@ def _forward(
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head: out (B, H, N, DV), lse (B, H, N) natural."""
-    block = blocks - 1 - tl.program_id(0)  # under causality the longest lists come first
-    bh = tl.program_id(1)
+    block = blocks - 1 - tl.program_id(0) % blocks  # under causality the longest lists come first
+    bh = tl.program_id(0) // blocks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 4
     run, run_end, part, part_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
@@ -141,9 +142,10 @@ def _delta(
     BM: tl.constexpr, DV: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """delta = Σ_d dout·out − dlse, and lse in base 2, +inf for queries that saw nothing: their weights are then 0."""
-    bh = tl.program_id(1)
+    blocks = tl.cdiv(n, BM)
+    bh = tl.program_id(0) // blocks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    i = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     inside, dv = i < n, tl.arange(0, DV)
     at = i[:, None].to(tl.int64)
     out = tl.load(Out + b * sob + h * soh + at * son + dv[None], mask=inside[:, None], other=0.0).to(tl.float32)
@@ -175,8 +177,8 @@ def _backward_q(
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head: dq (B, H, N, D). `scale` is the natural one."""
-    block = blocks - 1 - tl.program_id(0)
-    bh = tl.program_id(1)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    bh = tl.program_id(0) // blocks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     entry = Start + (tl.load(MaskOf + bh) * blocks + block) * 4
     run, run_end, part, part_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
@@ -236,9 +238,9 @@ def _backward_kv(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One key block of one KV head: dk (B, Hkv, M, D) and dv (B, Hkv, M, DV), summed over its group's query heads."""
-    block = tl.program_id(0)
+    block, lane = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     kv_heads = heads // group
-    b, hk = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    b, hk = (lane // kv_heads).to(tl.int64), (lane % kv_heads).to(tl.int64)
     cols, ds, dv, some = tl.arange(0, BN), tl.arange(0, D), tl.arange(0, DV), tl.arange(0, ROWS)
     j = block * BN + cols
     k, v = _rows(K + b * skb + hk * skh, j, skn, ds, m), _rows(V + b * svb + hk * svh, j, svn, dv, m)
@@ -292,7 +294,7 @@ class BlockSparse(torch.autograd.Function):
         out = torch.empty(batch, heads, n, dim_v, dtype=q.dtype, device=q.device)
         lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
         held, lists = _read(tiles(how.forward.block), "by_query")
-        _forward[(lists.blocks, batch * heads)](
+        _forward[(lists.blocks * batch * heads,)](
             q, k, v, out, lse, *held, *_strides(q, k, v, out),
             n, m, heads, heads // kv_heads, scale * LOG2E, lists.blocks,
             D=dim, DV=dim_v, **_options(how.forward, q),
@@ -303,6 +305,7 @@ class BlockSparse(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         batch, heads, n, dim = q.shape
@@ -310,19 +313,19 @@ class BlockSparse(torch.autograd.Function):
         how: Launches = ctx.how
         dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
         base, delta = torch.empty_like(lse), torch.empty_like(lse)
-        _delta[(triton.cdiv(n, 64), batch * heads)](
+        _delta[(triton.cdiv(n, 64) * batch * heads,)](
             out, dout, None if dlse is None else dlse.contiguous(), lse, delta, base, *_strides(out, dout), n, heads,
             BM=64, DV=dim_v, HAS_DLSE=dlse is not None,
         )  # fmt: skip
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         shape = (n, m, heads, heads // kv_heads, ctx.scale)
         held, lists = _read(ctx.tiles(how.queries.block), "by_query")
-        _backward_q[(lists.blocks, batch * heads)](
+        _backward_q[(lists.blocks * batch * heads,)](
             q, k, v, dout, base, delta, dq, *held, *_strides(q, k, v, dout, dq), *shape, lists.blocks,
             D=dim, DV=dim_v, **_options(how.queries, q),
         )  # fmt: skip
         held, lists = _read(ctx.tiles(how.keys.block), "by_key")
-        _backward_kv[(lists.blocks, batch * kv_heads)](
+        _backward_kv[(lists.blocks * batch * kv_heads,)](
             q, k, v, dout, base, delta, dk, dv, *held, *_strides(q, k, v, dout, dk, dv), *shape, lists.blocks,
             D=dim, DV=dim_v, ROWS=min(how.keys.rows, how.keys.block[0]), **_options(how.keys, q),
         )  # fmt: skip

@@ -262,5 +262,6 @@ def delta_rule(
     columns, more = v.shape[3], (missing(rows), missing(v.shape[3]))
     q, k, v = (aligned(x) for x in (q, k, v))
     state = None if state is None else widened(state, *more)
-    out, final = _DeltaRule.apply(q, k, v, beta, log_decay, state, pieces, chunk, how)
+    with torch.cuda.device_of(q):  # kernels are launched on the current device, wherever their tensors lie
+        out, final = _DeltaRule.apply(q, k, v, beta, log_decay, state, pieces, chunk, how)
     return (out[..., :columns], final[:, :, :rows, :columns]) if any(more) else (out, final)

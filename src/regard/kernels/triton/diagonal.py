@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regard.kernels.triton.aligned import aligned, missing, widened
 from regard.kernels.triton.diagonal_chain import chained
@@ -168,6 +169,7 @@ class _Diagonal(torch.autograd.Function):
         return out, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         q, k, v, starts, final, sums = ctx.saved_tensors
         pieces = ctx.pieces
@@ -216,5 +218,6 @@ def diagonal(
     else:
         wide = 32 if per_channel else 64  # its programs, of 64 columns, have a processor each: they count twice
         pieces = even(batch, n, cuts(n, batch * heads * -(-columns // wide)), chunk, q.device)
-    out, final = (ChannelDecay if per_channel else _Diagonal).apply(q, k, v, g, state, pieces, chunk)
+    with torch.cuda.device_of(q):  # kernels are launched on the current device, wherever their tensors lie
+        out, final = (ChannelDecay if per_channel else _Diagonal).apply(q, k, v, g, state, pieces, chunk)
     return (out[..., :columns], final[:, :, :dim, :columns]) if any(more) else (out, final)

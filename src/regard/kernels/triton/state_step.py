@@ -53,9 +53,10 @@ def step(
     g = q if log_decay is None else log_decay.expand(batch, heads, 1, rows)
     b = q if beta is None else beta
     width = min(32, triton.next_power_of_2(columns))
-    _step[(triton.cdiv(columns, width), heads, batch)](
-        q, k, v, g, b, state, out, after, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        g.stride(0), g.stride(1), g.stride(3), b.stride(0), b.stride(1), heads, rows, columns,
-        BK=triton.next_power_of_2(rows), BV=width, DECAY=log_decay is not None, DELTA=beta is not None, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # kernels are launched on the current device, wherever their tensors lie
+        _step[(triton.cdiv(columns, width), heads, batch)](
+            q, k, v, g, b, state, out, after, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            g.stride(0), g.stride(1), g.stride(3), b.stride(0), b.stride(1), heads, rows, columns,
+            BK=triton.next_power_of_2(rows), BV=width, DECAY=log_decay is not None, DELTA=beta is not None, num_warps=4,
+        )  # fmt: skip
     return out, after
