@@ -21,8 +21,8 @@ from regard.kernels.hopper.words import words_by_key, words_by_query
 from regard.kernels.triton.tile_lists import Tiles
 
 LOG2E = 1.4426950408889634
-FORWARD, QUERIES, KEYS = (128, 128), (128, 64), (64, 128)
-"""Blocks of queries and keys: two groups of warps hold 64 rows each of the side that stays."""
+FORWARD, QUERIES, KEYS = (128, 128), (128, ROWS), (ROWS, 128)
+"""Blocks of queries and keys: two groups of warps hold ROWS each of the side that stays."""
 LAUNCH = {"num_warps": 4, "REGISTERS": 240}
 """Of one group of warps; the second one and the loading warp come on top. 240 registers a thread for those that
 compute, 24 for the one that loads: all that a multiprocessor has."""
@@ -73,11 +73,11 @@ class HopperBlockSparse(torch.autograd.Function):
         )  # fmt: skip
 
         dq, dk, dv = (_like(x) for x in (q, k, v))
+        rows = [descriptor(x, ROWS) for x in (q, dout, k, v)]
         told = ctx.tiles(QUERIES)
         lists, works = told.by_query, query_works(told, programs)
         backward_queries[(min(programs, len(works)),)](
-            descriptor(q, ROWS), descriptor(dout, ROWS), descriptor(k, QUERIES[1]), descriptor(v, QUERIES[1]),
-            descriptor(dq, ROWS), base, delta,
+            *rows, descriptor(dq, ROWS), base, delta,
             works, lists.start, lists.first, lists.count, lists.other, words_by_query(told), told.mask_of,
             padded, heads, heads // kv_heads, lists.blocks, len(works), *scales,
             BM=QUERIES[0], BN=QUERIES[1], SLOTS=3, **shape, **LAUNCH,
@@ -87,8 +87,7 @@ class HopperBlockSparse(torch.autograd.Function):
         lists, (dealt, cuts, pieces) = told.by_key, key_works(told, kv_heads, batch, programs)
         sums = torch.empty(max(1, pieces), KEYS[1], dim + dim_v, dtype=torch.float32, device=q.device)
         backward_keys[(min(programs, len(dealt)),)](
-            descriptor(q, KEYS[0]), descriptor(dout, KEYS[0]), line(base, KEYS[0]), line(delta, KEYS[0]),
-            descriptor(k, ROWS), descriptor(v, ROWS), descriptor(dk, ROWS), descriptor(dv, ROWS), sums,
+            *rows[:2], line(base, ROWS), line(delta, ROWS), *rows[2:], descriptor(dk, ROWS), descriptor(dv, ROWS), sums,
             dealt, lists.start, lists.first, lists.count, lists.ahead, lists.other, words_by_key(told), told.mask_of,
             heads, heads // kv_heads, lists.blocks, len(dealt), *scales,
             BM=KEYS[0], BN=KEYS[1], SLOTS=3, **shape, **LAUNCH,
