@@ -60,16 +60,16 @@ x, lists, terms = (
 rows, shape = descriptor(x, ROWS), {"D": D, "DV": D, "grid": (1,), **LAUNCH}
 made = {
     "forward": block_sparse_forward.warmup(
-        rows, *(descriptor(x, FORWARD[1]),) * 2, rows, terms, *(lists,) * 7, 256, 2, 1, 2, 4, 0.1,
+        rows, *(descriptor(x, FORWARD[1]),) * 2, rows, terms, *(lists,) * 7, 256, 8, 4, 2, 40, 0.1,
         BM=FORWARD[0], BN=FORWARD[1], SLOTS=2, **shape,
     ),
     "queries": backward_queries.warmup(
-        rows, rows, *(descriptor(x, QUERIES[1]),) * 2, rows, terms, terms, *(lists,) * 7, 256, 2, 1, 2, 4, 0.1, 0.1,
+        rows, rows, *(descriptor(x, QUERIES[1]),) * 2, rows, terms, terms, *(lists,) * 7, 256, 8, 4, 2, 40, 0.1, 0.1,
         BM=QUERIES[0], BN=QUERIES[1], SLOTS=3, **shape,
     ),
     "keys": backward_keys.warmup(
         *(descriptor(x, KEYS[0]),) * 2, *(line(terms, KEYS[0]),) * 2, rows, rows, rows, rows, terms, *(lists,) * 8,
-        2, 1, 2, 4, 0.1, 0.1, BM=KEYS[0], BN=KEYS[1], SLOTS=3, **shape,
+        8, 4, 2, 40, 0.1, 0.1, BM=KEYS[0], BN=KEYS[1], SLOTS=3, **shape,
     ),
 }  # fmt: skip
 
@@ -83,6 +83,15 @@ def assembled(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+def carried(ir: str) -> set[str]:
+    """The numbers that loops carry, by name."""
+    found: set[str] = set()
+    for given, types in re.findall(r"iter_args\((.*?)\) -> \((.*?)\)  ?:", ir):
+        names = re.findall(r"%(\w+?)(?:_\d+)? =", given)
+        found |= {name for name, kind in zip(names, types.split(", "), strict=False) if kind == "i32"}
+    return found
+
+
 print(
     json.dumps(
         {
@@ -91,6 +100,7 @@ print(
                 "copies": len(re.findall("cp.async.bulk.tensor", kernel.asm["ptx"])),
                 "shared": kernel.metadata.shared,
                 "serialized": "serialized" in assembled(kernel.asm["ptx"]),
+                "dropped": sorted(carried(kernel.asm["source"]) - carried(kernel.asm["ttgir"])),
             }
             for name, kernel in made.items()
         }

@@ -102,21 +102,23 @@ def test_the_reference_on_a_gpu_is_announced_once(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "fused", "compiling", "first"),
+    ("n", "m", "fused", "causal", "compiling", "first"),
     [
-        (8192, 8192, False, False, "hopper"),
-        (8192, 8192, False, True, "flex"),
-        (512, 512, False, False, "hopper"),
-        (200, 200, False, False, "sdpa"),  # tiny
-        (1, 1 << 20, False, False, "sdpa"),  # decoding: each length would need its own list of tiles
-        (8192, 8192, True, False, "sdpa"),
-        (512, 8192, True, False, "sdpa"),
-        (8192, 65536, True, False, "hopper"),  # torch has FlashAttention-2 alone for the last queries of more
-        (1, 1 << 26, True, False, "sdpa"),
+        (8192, 8192, False, True, False, "hopper"),
+        (8192, 8192, False, True, True, "flex"),
+        (512, 512, False, True, False, "hopper"),
+        (200, 200, False, True, False, "sdpa"),  # tiny
+        (1, 1 << 20, False, True, False, "sdpa"),  # decoding: each length would need its own list of tiles
+        (8192, 8192, True, True, False, "sdpa"),
+        (512, 8192, True, True, False, "sdpa"),
+        (8192, 65536, True, True, False, "hopper"),  # torch has FlashAttention-2 alone for the last queries of more
+        (8192, 65536, True, False, False, "sdpa"),  # everything visible: no such alignment
+        (8192, 65536, True, True, True, "sdpa"),
+        (1, 1 << 26, True, True, False, "sdpa"),
     ],
 )
 def test_who_is_asked_first_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, n: int, m: int, fused: bool, compiling: bool, first: str
+    monkeypatch: pytest.MonkeyPatch, n: int, m: int, fused: bool, causal: bool, compiling: bool, first: str
 ) -> None:
     class OnGpu:
         is_cuda = True
@@ -125,9 +127,10 @@ def test_who_is_asked_first_on_a_gpu(
             self.shape = (1, 1, length, 64)
 
     class Given:
-        q, k = OnGpu(n), OnGpu(m)
+        q, k, pattern = OnGpu(n), OnGpu(m), object() if causal else None
 
     monkeypatch.setattr(d.sdpa, "fused", lambda request: fused)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     order = d.preference(Given())[0]
     assert order[0] == first and set(order) == set(d.EXECUTORS)
+    assert not compiling or order.index("flex") < order.index("hopper")

@@ -58,17 +58,19 @@ def preference(request: Request) -> tuple[tuple[str, ...], str]:
     if not request.q.is_cuda:
         return ("sdpa", "reference", "flex"), "off the GPU torch's fused attention leads, and flex is not fused"
     n, m = request.q.shape[2], request.k.shape[2]
+    compiling = torch.compiler.is_compiling()  # only sdpa and flex are traced: anything else breaks the graph
+    rest = ("flex", *_SPARSE) if compiling else (*_SPARSE, "flex")
     if sdpa.fused(request):
-        if 1 < n < m and n * m > _LONG:
+        if request.pattern is not None and 1 < n < m and n * m > _LONG and not compiling:
             why = "for the last queries of a long row torch has FlashAttention-2 alone, which Hopper's kernels outrun"
             return ("hopper", "sdpa", "triton", "flex", "reference"), why
-        return ("sdpa", *_SPARSE, "flex", "reference"), "no mask has to be drawn, so torch's fused attention leads"
+        return ("sdpa", *rest, "reference"), "no mask has to be drawn, so torch's fused attention leads"
     if n * m <= _TINY or n < _FEW:
-        return ("sdpa", *_SPARSE, "flex", "reference"), "so small a mask is drawn before a kernel knows its tiles"
-    if torch.compiler.is_compiling():
-        return ("flex", *_SPARSE, "sdpa", "reference"), "torch compiles flex together with what is around it"
-    rest = ("sdpa", "flex") if n * m <= _SMALL else ("flex", "sdpa")
-    return (*_SPARSE, *rest, "reference"), "it skips empty tiles and compiles nothing per pattern"
+        return ("sdpa", *rest, "reference"), "so small a mask is drawn before a kernel knows its tiles"
+    if compiling:
+        return (*rest, "sdpa", "reference"), "torch compiles flex together with what is around it"
+    last = ("sdpa", "flex") if n * m <= _SMALL else ("flex", "sdpa")
+    return (*_SPARSE, *last, "reference"), "it skips empty tiles and compiles nothing per pattern"
 
 
 def choose(request: Request, backend: str) -> Explanation:

@@ -34,23 +34,32 @@ def fused(request: Request) -> bool:
 def run(request: Request) -> tuple[Tensor, None]:
     """out (B, Hq, N, Dv); there is no log-sum-exp."""
     k, v = request.clean_kv()
-    q, width = request.q, v.shape[3]
+    q, scale = _with_positive_scale(request)
+    width = v.shape[3]
     if q.shape[3] != width and q.shape[2] >= _WORTH_WIDENING:  # zeros add nothing to q·k; the output's are cut off
         q, k, v = (F.pad(x, (0, max(q.shape[3], width) - x.shape[3])) for x in (q, k, v))
     if fused(request):
         causal = request.pattern is not None and q.shape[2] > 1
         if causal and q.shape[2] < k.shape[2]:  # is_causal counts queries from the first key, this op from the last
-            return _flash(q, k, v, request.scale, causal=True), None
+            return _flash(q, k, v, scale, causal=True), None
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=request.scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out[..., :width], None
 
     def strip(one: Strip) -> tuple[Tensor, Tensor]:
         visible = request.visible(one.rows, one.keys) if one.masked else None
-        out = _masked(q[:, :, one.rows], take(k, one.keys), take(v, one.keys), visible, request.scale, one.blind)
+        out = _masked(q[:, :, one.rows], take(k, one.keys), take(v, one.keys), visible, scale, one.blind)
         return out, out.new_empty((*out.shape[:3], 0))
 
     return over_strips(request, height_for(request, _mask_lanes(request)), strip)[0][..., :width], None
+
+
+def _with_positive_scale(request: Request) -> tuple[Tensor, float]:
+    """FlashAttention's kernels take the largest product for the largest logit: a sign goes into q, exactly."""
+    q, scale = request.q, request.scale
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
 
 
 def over_cache(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -65,6 +74,7 @@ def over_cache(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)[0]
     return out
 

@@ -44,7 +44,8 @@ def backward_keys(
 
     Work (works, 6) int32: key head · blocks + block; first and end query head of its group; the first and the end of
     each one's tiles, the PARTIAL ones first; the piece to write, −1 where these are all tiles of all heads. Ahead: how
-    many tiles come before each run of FULL ones. (A count kept from loop to loop would not do: Triton 3.6 drops it.)
+    many tiles come before each run of FULL ones. (No loop may carry what is used for bounds of loops inside it alone:
+    Triton 3.6 leaves it at its first value.)
     """
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BM, D], q_desc.layout)

@@ -80,8 +80,8 @@ def _load(
             copy_in(d_desc, at, held.index(0), d_smem.index(half))
         for t in range(part, part_end):
             mbarrier.wait(free.index(slot), phase ^ 1)
-            at = [b, h // group, gl.load(Other + t) * BN, 0]
-            fetch_pair(k_desc, v_desc, at, full.index(slot), k_smem.index(slot), v_smem.index(slot))
+            tile = [b, h // group, gl.load(Other + t) * BN, 0]
+            fetch_pair(k_desc, v_desc, tile, full.index(slot), k_smem.index(slot), v_smem.index(slot))
             slot, phase = following(slot, phase, SLOTS)
         for r in range(run, run_end):
             begin = gl.load(First + r) * BN

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from regard.kernels.hopper.parts import product
-from regard.kernels.triton.tile_lists import Tiles
+from regard.kernels.triton.tile_lists import ENTRIES, Tiles
 
 MINUS_INFINITY, ZERO = gl.constexpr("0fFF800000"), gl.constexpr("0f00000000")
 """As PTX writes them."""
@@ -44,11 +44,19 @@ def words_by_key(tiles: Tiles) -> Tensor:
 def lane_words(bits: Tensor) -> Tensor:
     """(P, rows, 4) int16 for 64 columns, int32 for 128, from uint8 (P, rows, columns / 8), the first column lowest."""
     two = 2 * torch.arange(LANES, dtype=torch.uint8, device=bits.device)
-    words = torch.zeros(*bits.shape[:2], LANES, dtype=torch.int32, device=bits.device)
-    for j in range(bits.shape[2]):
-        words |= ((bits[..., j, None] >> two) & 3).int() << (2 * j)
-    words = words.short() if bits.shape[2] == 8 else words
-    return words if len(words) else words.new_zeros(1, 1, LANES)  # a pointer to something
+    tiles, rows, eights = bits.shape
+    dtype = torch.int16 if eights == 8 else torch.int32
+    out = torch.zeros(
+        max(1, tiles), rows, LANES, dtype=dtype, device=bits.device
+    )  # never empty: a pointer to something
+    step = max(1, ENTRIES // (rows * eights * 8))
+    for s in range(0, tiles, step):
+        part = bits[s : s + step]
+        words = torch.zeros(len(part), rows, LANES, dtype=torch.int32, device=bits.device)
+        for j in range(eights):
+            words |= ((part[..., j, None] >> two) & 3).int() << (2 * j)
+        out[s : s + step] = words
+    return out
 
 
 @gluon.constexpr_function

@@ -74,9 +74,9 @@ class Tiles:
     mask_of: Tensor
     touched: float
 
-    @cached_property
+    @property
     def bits_by_key(self) -> Tensor:
-        """uint8 (P, BN, BM // 8): the PARTIAL tiles transposed, in the order in which `by_key` lists them.
+        """uint8 (P, BN, BM // 8): the PARTIAL tiles transposed, in the order in which `by_key` lists them. Made anew.
 
         (`by_query` lists them in the order of `bits`.)"""
         parts, bm, bytes_a_row = self.bits.shape
