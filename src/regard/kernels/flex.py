@@ -17,6 +17,7 @@ from regard.kernels.tiles import FULL, PARTIAL, tile_kinds
 
 _ATTENTION = cast(Callable[..., Any], flex_attention)  # its overloads know no result with log-sum-exp
 BLOCK = 128
+_DECODED = 16  # queries beyond which torch's kernel for decoding, its choice up to 127, may fail to compile
 _KERNELS = 1024  # compiled kernels before torch refuses
 _REMEMBERED = 8  # block maps: four int32 lists of (heads that differ) × (N/128) × (M/128) entries each
 _remembered: dict[Hashable, BlockMask] = {}
@@ -57,6 +58,7 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
             scale=request.scale,
             enable_gqa=request.group > 1,
             return_aux=AuxRequest(lse=True) if wants_lse else None,
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda and q.shape[2] > _DECODED else None,
         )
     if not wants_lse:
         return result, None
