@@ -121,12 +121,14 @@ def attend(
         require(normalizer == "softmax", "normalizer", repr(normalizer), "'softmax' or a callable")
         normalizer = None
     require(normalizer is None or callable(normalizer), "normalizer", repr(normalizer), "'softmax' or a callable")
-    require(scale is None or math.isfinite(scale), "scale", scale, "a finite number")
-    require(softcap is None or (math.isfinite(softcap) and softcap > 0), "softcap", softcap, "a finite number > 0")
+    require(score is None or callable(score), "score", repr(score), "a callable")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        require(value is None or _is_finite(value), name, repr(value), "a finite number")
+    require(softcap is None or softcap > 0, "softcap", softcap, "a finite number > 0")
     if sinks is not None:
         check_tensor("sinks", sinks, ((heads,),), "float", q)
     if pattern is not None:
-        if not hasattr(pattern, "facts"):
+        if isinstance(pattern, type) or not hasattr(pattern, "facts"):
             raise ArgumentError("pattern", repr(pattern), "a pattern, such as regard.patterns.causal()")
         pattern = pattern.to(q.device)
         facts = pattern.facts
@@ -137,7 +139,7 @@ def attend(
     ordered = pattern is not None or score is not None
     i, j, aligned = positions(q, k, key_padding, q_positions, kv_positions, kv_lengths, exists, ordered, look)
     if pattern is not None and pattern.facts.extent is not None:
-        check_extent(pattern.facts.extent, i, j, exists, aligned)
+        check_extent(pattern.facts.extent, pattern.facts.laid_for, i, j, exists, aligned)
     if validate:
         check_finite("q", q)
         for name, x in (("k", k), ("v", v)):
@@ -168,6 +170,12 @@ def attend(
         assert lse is not None
         return out, lse
     return (out, explanation) if explain else out
+
+
+def _is_finite(x: object) -> bool:
+    if isinstance(x, Tensor):
+        return x.numel() == 1 and not x.is_complex() and math.isfinite(x)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _is_full(pattern: Pattern | None) -> bool:

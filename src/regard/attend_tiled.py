@@ -46,6 +46,7 @@ def attend_tiled(
     """
     check_qkv(q, k, v)
     tiling = tiling_of(pattern) if tiling is None else tiling
+    require(isinstance(tiling, Tiling), "tiling", repr(tiling), "a Tiling, or None")
     for name, x in (("q", q), ("k", k)):
         require(x.shape[2] == tiling.tokens, name, f"{x.shape[2]} tokens", f"{tiling.tokens}, as the tiling has")
     order, inverse = tiling.order(q.device), tiling.inverse(q.device)

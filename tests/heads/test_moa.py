@@ -289,3 +289,19 @@ def test_seeds_are_the_librarys() -> None:
         first, second = profile(attached, [sample], block=4), profile(attached, [sample], block=4)
     assert torch.equal(first.by_distance[12][0], second.by_distance[12][0])
     assert torch.equal(state[0], torch.random.get_rng_state()) and state[1] == random.getstate()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "answer_from", "argument"),
+    [([1, 2, 3], 1, "tokens"), (torch.ones(3), 1, "tokens"), (torch.arange(4), 2.5, "answer_from")],
+)
+def test_a_sample_checks_what_it_is_made_of(tokens: object, answer_from: object, argument: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{argument}: got"):
+        Sample(tokens, answer_from)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"most": "x"}, {"most": True}, {"most": {"a": 0.5}}, {"candidates": [(8,)]}])
+def test_a_search_checks_what_it_is_told(given: dict) -> None:
+    found = Influence({64: [torch.ones(2, 8, dtype=torch.float64)]}, 8)
+    with pytest.raises(ArgumentError, match=f"^{next(iter(given))}: got"):
+        search(found, **{"candidates": [(8, 0.1)], **given})

@@ -25,6 +25,7 @@ from regard.inference import observe
 from regard.inference.call import AttentionCall
 from regard.inference.plan import Plan
 from regard.inference.seam import Attached
+from regard.patterns.checks import at_least
 
 ELEMENTS = 1 << 22
 """Weights held at a time."""
@@ -38,9 +39,13 @@ class Sample:
     answer_from: int
 
     def __post_init__(self) -> None:
-        require(self.tokens.ndim == 1, "tokens", tuple(self.tokens.shape), "(N,)")
-        last = len(self.tokens) - 1
-        require(1 <= self.answer_from <= last, "answer_from", self.answer_from, f"1 to {last}, the last token")
+        tokens = self.tokens
+        require(isinstance(tokens, Tensor), "tokens", type(tokens).__name__, "a tensor of token ids (N,)")
+        fits = tokens.ndim == 1 and tokens.dtype in (torch.int32, torch.int64)
+        require(fits, "tokens", f"{tokens.dtype}, shape {tuple(tokens.shape)}", "token ids (N,)")
+        at_least("answer_from", self.answer_from, 1)
+        last = len(tokens) - 1
+        require(self.answer_from <= last, "answer_from", self.answer_from, f"1 to {last}, the last token")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def influence(weights: Tensor, gradient: Tensor) -> Tensor:
 def own_answers(attached: Attached, prompts: Sequence[Tensor], new_tokens: int) -> list[Sample]:
     """The dense model's own greedy answers, of `new_tokens` tokens, to prompts (N,): what it should go on saying."""
     _check_dense(attached)
+    at_least("new_tokens", new_tokens, 1)
     model: Any = attached.model
     out = []
     for prompt in prompts:
@@ -109,6 +115,9 @@ def profile(
     """
     _check_dense(attached)
     require(len(samples) > 0, "samples", 0, "at least one")
+    strange = [type(s).__name__ for s in samples if not isinstance(s, Sample)]
+    require(not strange, "samples", strange, "Samples: tokens and where the answer begins")
+    at_least("block", block, 1)
     found: dict[int, list[list[Tensor]]] = {}
     for number, sample in enumerate(samples):
         found.setdefault(len(sample.tokens), []).append(_one(attached, sample, block))
@@ -194,4 +203,5 @@ def _by_distance(call: AttentionCall, out: Tensor, gradient: Tensor, block: int)
 
 
 def _check_dense(attached: Attached) -> None:
+    require(isinstance(attached, Attached), "attached", type(attached).__name__, "what regard.attach(model) gives")
     require(attached.plan == Plan(), "attached", attached.plan, "a model attached to the plan `full`")

@@ -81,14 +81,18 @@ def _somewhere(exists: Tensor | None, positions: Tensor) -> Tensor | None:
     return exists.expand(positions.shape)
 
 
-def check_extent(extent: int, i: Tensor, j: Tensor, exists: Tensor | None, aligned: bool) -> None:
-    """Raise ArgumentError where a pattern with ids for `extent` positions is asked about more.
+def check_extent(extent: int, laid_for: int | None, i: Tensor, j: Tensor, exists: Tensor | None, aligned: bool) -> None:
+    """Raise ArgumentError where a pattern with ids for `extent` positions is asked about more, or one laid out for so
+    many about another number of plain positions.
 
     Waits for a GPU unless positions are plain.
     """
     if aligned:
         count = j.shape[-1]
         require(count <= extent, "pattern", f"one with ids for {extent} positions", f"one with ids for {count}")
+        require(
+            laid_for in (None, count), "pattern", f"one laid out for {laid_for} tokens", f"one for the {count} of k"
+        )
         return
     check_range("q_positions", i, 0, extent - 1)
     check_range("kv_positions", j, 0, extent - 1, _somewhere(exists, j))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regard.errors import ArgumentError, require
 from regard.patterns.block_map import BlockMap, Grid, build_block_map
+from regard.patterns.checks import at_least, true_or_false
 from regard.patterns.cost import Cost, measure_cost
 from regard.patterns.tiles import EMPTY, FULL, PARTIAL
 
@@ -26,18 +27,25 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "And", "BlockMap", "Cost", "Not", "Or", "Pattern", "at_least", "true_or_false"]
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "And",
+    "BlockMap",
+    "Cost",
+    "Not",
+    "Or",
+    "Pattern",
+    "a_pattern",
+    "at_least",
+    "true_or_false",
+]
 
 
-def at_least(argument: str, value: object, least: int) -> None:
-    """Raise ArgumentError unless `value` is an int of at least `least`."""
-    allowed = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(allowed, argument, repr(value), f"an int ≥ {least}")
-
-
-def true_or_false(argument: str, value: object) -> None:
-    """Raise ArgumentError unless `value` is a bool."""
-    require(isinstance(value, bool), argument, repr(value), "True or False")
+def a_pattern(argument: str, value: object) -> None:
+    """Raise ArgumentError unless `value` is a Pattern."""
+    require(isinstance(value, Pattern), argument, repr(value), "a Pattern, such as causal()")
 
 
 class Facts(NamedTuple):
@@ -46,7 +54,9 @@ class Facts(NamedTuple):
     heads: int | None
     rows: int | None
     extent: int | None
+    laid_for: int | None
     tensors: tuple[Tensor, ...]
+    read: tuple[tuple[Tensor, int], ...]
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,20 @@ class Pattern:
         known = [p.extent for p in self.parts()]
         return min((e for e in known if e is not None), default=None)
 
+    @property
+    def laid_for(self) -> int | None:
+        """The only number of positions that makes sense (a grid's, where the borders are), or None for any up to
+        `extent`: beside `causal()` a grid may still be growing."""
+        known = [p.laid_for for p in self.parts()]
+        return min((n for n in known if n is not None), default=None)
+
+    def _layout_said(self) -> str:
+        """The layout in words, for errors."""
+        return ""
+
+    causal = False
+    """Is it known to show no query a later key?"""
+
     def bind(self, n: int) -> Pattern:
         """The pattern for a prompt of n real tokens: what depends on n is fixed. Raises ArgumentError."""
         at_least("n", n, 1)
@@ -104,7 +128,8 @@ class Pattern:
 
     def for_head(self, h: int) -> Pattern:
         """The pattern of query head h alone."""
-        if self.heads is not None and not 0 <= h < self.heads:
+        at_least("h", h, 0)
+        if self.heads is not None and h >= self.heads:
             raise ArgumentError("h", h, f"a query head from 0 to {self.heads - 1}")
         return self._rebuilt(lambda p: p.for_head(h))
 
@@ -131,12 +156,31 @@ class Pattern:
 
     @cached_property
     def facts(self) -> Facts:
-        """`heads`, `rows`, `extent` and `tensors()`, found once: a pattern does not change."""
-        return Facts(self.heads, self.rows, self.extent, self.tensors())
+        """`heads`, `rows`, `extent`, `laid_for`, `tensors()` and what `_reads` noted: a pattern does not change."""
+        return Facts(self.heads, self.rows, self.extent, self.laid_for, self.tensors(), self._all_read())
+
+    def _reads(self, given: Tensor) -> None:
+        """Note the version of a tensor that may be the caller's: tables are made of it, and must not be outlived."""
+        if not given.is_inference():  # those have no versions
+            object.__setattr__(self, "_read", (given, given._version))
+
+    _read = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_read", "facts")}  # a copy's tensors are its own
+
+    def _all_read(self) -> tuple[tuple[Tensor, int], ...]:
+        own = () if self._read is None else (self._read,)
+        return own + tuple(r for p in self.parts() for r in p._all_read())
 
     def to(self, device: torch.device | str) -> Self:
-        """The same pattern with its tensors on that device; a tensor used twice is moved once."""
+        """The same pattern with its tensors on that device; a tensor used twice is moved once.
+
+        Raises ArgumentError where the ids it was made of have been changed in place since."""
         tensors = self.facts.tensors
+        if not torch.compiler.is_compiling():
+            changed = any(t._version != version for t, version in self.facts.read)
+            require(not changed, "pattern", "one whose ids were changed in place", "a new pattern for new ids")
         moved = {id(t): t.to(device) for t in tensors}
         return self._with(moved) if any(moved[id(t)] is not t for t in tensors) else self
 
@@ -231,7 +275,10 @@ class Pattern:
         q_offset: int | None = None,
         device: torch.device | str | None = None,
     ) -> Cost:
-        """How much work the pattern is: entries and tiles, counted exactly. Positions as in `dense`."""
+        """How much work the pattern is: entries and tiles, counted exactly. Positions as in `dense`.
+
+        Looks into every PARTIAL tile: at 131,072 positions half a minute or more where most tiles are (`block_map`
+        alone takes milliseconds)."""
         at_least("head_dim", head_dim, 1)
         p, grid = self._laid_out(n, m, block, q_offset, device, batch, heads)
         return measure_cost(p, grid, heads=p.heads or heads or 1, batch=p.rows or batch or 1, head_dim=head_dim)
@@ -273,6 +320,8 @@ class Pattern:
         last = max(grid.q_offset + grid.n, grid.m)
         if self.extent is not None and last > self.extent:
             raise ArgumentError("positions", last, f"at most {self.extent}, as many as the pattern has ids")
+        if self.laid_for not in (None, grid.m):
+            raise ArgumentError("m", grid.m, f"{self.laid_for}, the tokens of the layout{self._layout_said()}")
         for name, asked, own in (("batch", batch, self.rows), ("heads", heads, self.heads)):
             if asked is not None:
                 at_least(name, asked, 1)
@@ -303,6 +352,14 @@ class _Pair(Pattern):
 @dataclass(frozen=True, repr=False)
 class And(_Pair):
     """Allowed by both, written `a & b`."""
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.a.causal or self.b.causal
+
+    @property
+    def laid_for(self) -> int | None:
+        return None if self.causal else super().laid_for
 
     def rule(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self.a.rule(b, h, i, j) & self.b.rule(b, h, i, j)

@@ -35,6 +35,7 @@ class BlockLayout(Pattern):
         require(isinstance(block, tuple) and len(block) == 2, "block", repr(block), "one size, or a pair of sizes")
         for size in block:
             at_least("block", size, 1)
+        self._reads(layout)
 
     @property
     def extent(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
+from regard.patterns.checks import at_least, true_or_false
 from regard.patterns.tiles import EMPTY, FULL, PARTIAL
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ class Grid:
         m = n if m is None else m
         pair = block if isinstance(block, tuple) else (block, block)
         for name, value in (("n", n), ("m", m), *(("block", size) for size in pair)):
-            require(isinstance(value, int) and value >= 1, name, repr(value), "an int ≥ 1")
+            at_least(name, value, 1)
         require(len(pair) == 2, "block", block, "one size, or the pair of query block and key block")
         q_offset = max(m - n, 0) if q_offset is None else q_offset
-        require(isinstance(q_offset, int) and q_offset >= 0, "q_offset", repr(q_offset), "a position ≥ 0")
+        at_least("q_offset", q_offset, 0)
         return cls(n, m, pair[0], pair[1], q_offset, device)
 
     @property
@@ -146,6 +147,7 @@ def distinct_heads(pattern: Pattern, heads: int) -> tuple[list[Pattern], list[in
 
 def build_block_map(pattern: Pattern, grid: Grid, *, heads: int, refine: bool) -> BlockMap:
     """The block map, one strip of query blocks after another, for each distinct head."""
+    true_or_false("refine", refine)
     different, index = distinct_heads(pattern, heads)
     kinds = torch.empty((pattern.rows or 1, len(different), *grid.shape), dtype=torch.uint8, device=grid.device)
     for g, p in enumerate(different):

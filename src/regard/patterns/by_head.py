@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import groupby
@@ -95,4 +95,6 @@ def per_head(patterns: Sequence[Pattern]) -> Pattern:
     >>> per_head([causal(), sliding_window(1)]).dense(2).int()[0].tolist()
     [[[1, 0], [1, 1]], [[1, 0], [0, 1]]]
     """
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    require(several, "patterns", repr(patterns), "a list of patterns, one for each head")
     return PerHead(tuple(patterns))

@@ -63,6 +63,7 @@ class ChunkedFrames(OnGrid):
         if self.layer not in get_args(Layer):
             raise UnknownNameError("layer", str(self.layer), get_args(Layer))
         object.__setattr__(self, "counts", counted(self.memory))
+        self._reads(self.memory)
 
     def _axes(self) -> tuple[Axis, Axis, Axis]:
         views, frames, tokens = self.layout

@@ -16,7 +16,6 @@ from regard.patterns.order import Box, Coordinates, Order, Region
 from regard.patterns.tiles import answer
 
 if TYPE_CHECKING:
-    from regard.patterns.block_map import Grid
     from regard.patterns.cost import Cost
 
 
@@ -55,20 +54,21 @@ class OnGrid(Pattern):
     def extent(self) -> int:
         return self.before + self.tokens + self.after
 
+    @property
+    def laid_for(self) -> int:
+        return self.extent
+
     def bind(self, n: int) -> Pattern:
         self._check_length("n", n)
         return self
 
+    def _layout_said(self) -> str:
+        grid = " × ".join(map(str, self.layout))
+        return f": {grid}" + (f" + {self.before} before + {self.after} after" if self.before or self.after else "")
+
     def _check_length(self, argument: str, n: int) -> None:
         if n != self.extent:
-            grid = " × ".join(map(str, self.layout))
-            beside = f" + {self.before} before + {self.after} after" if self.before or self.after else ""
-            raise ArgumentError(argument, n, f"{self.extent}, the tokens of the layout: {grid}{beside}")
-
-    def _laid_out(self, *asked: Any) -> tuple[Pattern, Grid]:  # type: ignore[override]
-        p, grid = super()._laid_out(*asked)
-        self._check_length("m", grid.m)
-        return p, grid
+            raise ArgumentError(argument, n, f"{self.extent}, the tokens of the layout{self._layout_said()}")
 
     @property
     def _order(self) -> Order:
@@ -143,7 +143,8 @@ class AxisProduct(OnGrid):
         With tiles of the grid it is counted axis by axis, at any size in milliseconds: the simulator of GNA (Hassani et
         al. 2025). See `regard.patterns.simulator.simulate` for what it says besides.
         """
-        if tile is None:
+        if tile is None or not set(asked) <= {"block", "q_offset", "device"}:
+            require(key_tile is None, "key_tile", key_tile, "None without tile")
             length = self.extent if n is None else n
             return super().cost(length, m, batch=batch, heads=heads, head_dim=head_dim, **asked)
         from regard.patterns.simulator import simulate
@@ -151,6 +152,9 @@ class AxisProduct(OnGrid):
         for name, value in (("n", n), ("m", m)):
             if value is not None:
                 self._check_length(name, value)
+        for name, value in (("batch", batch), ("heads", heads), ("head_dim", head_dim)):
+            if value is not None:
+                at_least(name, value, 1)
         require(not asked, "block", asked, "no block beside tile: the tile is the block")
         if self.before or self.after:
             raise UnsupportedError("cost by tiles counts the grid alone: leave out the tokens before and after it")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
-from regard.patterns.algebra import Pattern
+from regard.patterns.algebra import Pattern, a_pattern, at_least
 from regard.patterns.per_token import PerToken, counted, last_at, next_at
 from regard.patterns.tiles import answer
 from regard.registry import Paper, register
@@ -157,7 +157,12 @@ def crosses(pattern: Pattern, n: int, cut: int) -> bool:
 
     Exact for patterns whose tile answers are exact, sound (True at worst) for others. Raises ArgumentError.
     """
-    require(isinstance(cut, int) and 0 < cut < n, "cut", cut, f"a position from 1 to {n - 1}")
+    a_pattern("pattern", pattern)
+    at_least("n", n, 2)
+    if pattern.extent is not None:
+        require(n <= pattern.extent, "n", n, f"at most {pattern.extent}, as many as the pattern has ids")
+    at_least("cut", cut, 1)
+    require(cut < n, "cut", cut, f"a position from 1 to {n - 1}")
     zero = torch.zeros((), dtype=torch.long)
     b = torch.arange(pattern.rows or 1)[:, None, None]
     h = torch.arange(pattern.heads or 1)[:, None]

@@ -34,6 +34,7 @@ class Documents(Pattern):
         require(least >= -1, "ids", f"an id of {least}", "ids ≥ 0, or −1 for a token that attends to nothing")
         object.__setattr__(self, "ids", ids.long())
         object.__setattr__(self, "per_row", ids.ndim == 2)
+        self._reads(self.ids)
 
     @property
     def rows(self) -> int | None:
@@ -156,7 +157,8 @@ def segments(lengths: Sequence[int]) -> Pattern:
     >>> segments([2, 1]).dense(3).int()[0, 0].tolist()
     [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     """
-    require(len(lengths) > 0, "lengths", lengths, "at least one length")
+    several = isinstance(lengths, Sequence) and len(lengths) > 0
+    require(several, "lengths", repr(lengths), "a list of at least one length")
     for length in lengths:
         at_least("lengths", length, 1)
     return Documents(torch.arange(len(lengths)).repeat_interleave(torch.tensor(list(lengths))))

@@ -28,6 +28,7 @@ class PerToken(Pattern):
         require(fits, self._argument, f"shape {tuple(ids.shape)}", "(N,) or (B, N), not empty")
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "per_row", ids.ndim == 2)
+        self._reads(ids)
 
     @property
     def _argument(self) -> str:

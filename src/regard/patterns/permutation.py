@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import ArgumentError, require
-from regard.patterns.algebra import And, Not, Or, Pattern, at_least
+from regard.patterns.algebra import And, Not, Or, Pattern, a_pattern, at_least
 from regard.patterns.by_head import PerHead, _among
 from regard.patterns.cost import Cost
 from regard.patterns.grid import AxisProduct, OnGrid
@@ -120,6 +120,8 @@ class Permuted(Pattern):
     tiling: Tiling
 
     def __post_init__(self) -> None:
+        a_pattern("pattern", self.pattern)
+        require(isinstance(self.tiling, Tiling), "tiling", repr(self.tiling), "a Tiling")
         own = self.pattern.extent
         fits = own is None or own == self.tiling.tokens
         require(fits, "tiling", f"{self.tiling.tokens} tokens", f"{own}, as the pattern has")
@@ -127,6 +129,10 @@ class Permuted(Pattern):
     @property
     def extent(self) -> int:
         return self.tiling.length
+
+    @property
+    def laid_for(self) -> int:
+        return self.extent
 
     @property
     def exact(self) -> bool:
@@ -244,6 +250,7 @@ def best_tile(pattern: Pattern, block: int = 128) -> tuple[int, ...]:
 
 def grid_of(pattern: Pattern) -> OnGrid:
     """The grid that a pattern, or what it is composed of, is written for. Raises ArgumentError for none, or several."""
+    a_pattern("pattern", pattern)
     found = {(p.layout, p.before, p.after): p for p in _grids(pattern)}
     if len(found) != 1:
         raise ArgumentError("pattern", repr(pattern), f"a pattern on one grid, not on {len(found)}; or give a tiling")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.errors import UnsupportedError, require
 from regard.patterns.block_map import Grid, build_block_map, distinct_heads
+from regard.patterns.checks import at_least
 from regard.patterns.tiles import EMPTY, FULL, PARTIAL
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def draw(pattern: Pattern, grid: Grid, *, row: int, refine: bool, path: str | Pa
         largest,
         f"at most {LARGEST} positions a side in a picture; block_map() has no limit",
     )
-    require(0 <= row < rows, "row", row, f"a batch row from 0 to {rows - 1}")
+    at_least("row", row, 0)
+    require(row < rows, "row", row, f"a batch row from 0 to {rows - 1}")
     named = path is None or Path(path).suffix.lower() in FORMATS
     require(named, "path", path, f"a file name ending in {', '.join(FORMATS)}")
     try:

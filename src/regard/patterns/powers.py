@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
-from regard.patterns.algebra import Pattern
+from regard.patterns.algebra import Pattern, a_pattern, at_least
 from regard.patterns.blockwise_causal import WindowAndSinkBlocks
 from regard.registry import Paper, register
 
@@ -79,9 +79,14 @@ def receptive_field(layers: Sequence[Pattern], n: int, query: int | None = None)
     >>> receptive_field([power_attention(1, 0, block=1)] * 2, 8, query=7).int().tolist()
     [0, 1, 1, 1, 1, 1, 1, 1]
     """
-    require(len(layers) > 0, "layers", layers, "at least one pattern")
-    require(isinstance(n, int) and 1 <= n <= LARGEST, "n", n, f"1 to {LARGEST}")
-    require(query is None or 0 <= query < n, "query", query, f"a position from 0 to {n - 1}")
+    require(isinstance(layers, Sequence) and len(layers) > 0, "layers", repr(layers), "a list of at least one pattern")
+    for p in layers:
+        a_pattern("layers", p)
+    at_least("n", n, 1)
+    require(n <= LARGEST, "n", n, f"1 to {LARGEST}")
+    if query is not None:
+        at_least("query", query, 0)
+        require(query < n, "query", query, f"a position from 0 to {n - 1}")
     edges: dict[int, Tensor] = {}
     for p in layers:
         require(p.rows is None, "layers", f"a pattern for {p.rows} batch rows", "patterns alike for all rows")

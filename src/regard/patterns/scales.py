@@ -43,6 +43,11 @@ class Scales(Pattern):
     def extent(self) -> int:
         return sum(side**2 for side in self.sides)
 
+    @property
+    def laid_for(self) -> int | None:
+        """Scale by scale it grows; within scales alone, a part of a scale makes no sense."""
+        return None if self.across else self.extent
+
     def bind(self, n: int) -> Pattern:
         if n != self.extent:
             raise ArgumentError("n", n, f"{self.extent}, the tokens of all scales")

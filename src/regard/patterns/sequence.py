@@ -39,7 +39,7 @@ class Full(Pattern):
 class Causal(Pattern):
     """j ≤ i."""
 
-    exact = True
+    exact = causal = True
 
     def rule(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
@@ -81,6 +81,7 @@ class DilatedWindow(Pattern):
     def __post_init__(self) -> None:
         at_least("size", self.size, 1)
         at_least("dilation", self.dilation, 1)
+        at_least("size · dilation", self.size * self.dilation, 1)
 
     def rule(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         back = i - j

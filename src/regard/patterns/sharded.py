@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.errors import ArgumentError, require
-from regard.patterns.algebra import Pattern, at_least
+from regard.errors import require
+from regard.patterns.algebra import Pattern, a_pattern, at_least
 from regard.patterns.blockwise_causal import BlockwiseCausal
 from regard.patterns.by_head import PerHead
 from regard.patterns.sequence import causal
@@ -85,7 +85,8 @@ def s2_attention(
     at_least("kv_heads", kv_heads, 1)
     require(heads % kv_heads == 0, "kv_heads", kv_heads, f"a divisor of heads={heads}")
     at_least("stride", stride, 1)
-    require(isinstance(offset, int), "offset", repr(offset), "an int, in blocks")
+    whole = isinstance(offset, int) and not isinstance(offset, bool)
+    require(whole, "offset", repr(offset), "an int, in blocks")
     at_least("dense", dense, 0)
     require(dense <= kv_heads, "dense", dense, f"at most the {kv_heads} KV heads")
     step = max(1, stride // kv_heads)
@@ -103,9 +104,9 @@ def drops_for_good(pattern: Pattern, n: int, local: int) -> bool:
     Then what is not seen can be freed: pattern(q + 1, k) implies pattern(q, k) for all q − k ≥ local. True of absolute
     columns, False of a dilation that slides with the query. Looks at n × n entries. Raises ArgumentError.
     """
+    a_pattern("pattern", pattern)
+    at_least("n", n, 2)
     at_least("local", local, 1)
-    if n < 2:
-        raise ArgumentError("n", n, "an int ≥ 2")
     allowed = pattern.dense(n)
     i, j = torch.arange(n - 1)[:, None], torch.arange(n)
     return not bool((allowed[:, :, 1:] & ~allowed[:, :, :-1] & (i - j >= local)).any())

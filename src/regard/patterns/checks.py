@@ -1,0 +1,20 @@
+"""What arguments of patterns have to be."""
+
+from __future__ import annotations
+
+from regard.errors import require
+
+MOST = 1 << 30
+"""The largest size or position: sums of two still fit the 32 bits in which tiles are asked about."""
+
+
+def at_least(argument: str, value: object, least: int) -> None:
+    """Raise ArgumentError unless `value` is an int of at least `least`, and at most MOST."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, argument, repr(value), f"an int ≥ {least}")  # type: ignore[operator]
+    require(value <= MOST, argument, value, f"at most {MOST}; a rule without an end says so by leaving it out")  # type: ignore[operator]
+
+
+def true_or_false(argument: str, value: object) -> None:
+    """Raise ArgumentError unless `value` is a bool."""
+    require(isinstance(value, bool), argument, repr(value), "True or False")
