@@ -8,7 +8,7 @@ from tests.conformance.cases import check, entry, example, keys, make, refusal, 
 from torch import Tensor
 
 from regard.errors import ArgumentError, UnknownNameError, UnsupportedError
-from regard.layers import Layer, create
+from regard.layers import Layer, create, settings_of
 from regard.patterns import causal, full, sliding_window
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -23,6 +23,15 @@ def test_shape_and_dtype(key: str) -> None:
     exact = make(key)(tokens(key, some_length(key))).out
     single = make(key, dtype=torch.float32)(tokens(key, some_length(key), dtype=torch.float32)).out
     torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@check("shape and dtype")
+def test_autocast(key: str) -> None:
+    layer, x = make(key, dtype=torch.float32), tokens(key, some_length(key), dtype=torch.float32)
+    for training in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer.train(training)(x).out
+        assert out.shape == x.shape and out.dtype.is_floating_point and out.isfinite().all()
 
 
 @check("gradcheck")
@@ -46,6 +55,17 @@ def test_lengths(key: str) -> None:
         out = layer(x).out
         out.sum().backward()
         assert out.shape == x.shape and out.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+
+
+@check("any length")
+def test_no_tokens_and_no_rows(key: str) -> None:
+    layer, x = make(key), tokens(key, some_length(key))
+    fixed = "layout" in example(key).settings
+    for few in (x[:0], *[x[:, :0]] * (not fixed)):
+        for real in (None, torch.ones(few.shape[:2], dtype=torch.bool)):
+            for pattern in [causal()] * entry(key).settings["causal"] + [None]:
+                for training in (True, False):
+                    assert layer.train(training)(few, pattern=pattern, key_padding=real).out.shape == few.shape
 
 
 @check("identity")
@@ -185,8 +205,8 @@ def test_steps_are_the_full_forward(key: str) -> None:
         want = layer(x, pattern=causal(), key_padding=real).out
         for cuts in (
             range(1, n),
-            (n // 2, n // 2 + 1, n - 1),
-        ):  # one by one; a prompt, single tokens, and several at once
+            (n // 2, n // 2, n // 2 + 1, n - 1),
+        ):  # one by one; a prompt, none, single tokens, and several at once
             outs, state = [], None
             for start, stop in zip((0, *cuts), (*cuts, n), strict=True):
                 now = None if real is None else real[:, start:stop]
@@ -270,6 +290,10 @@ def test_bad_input_is_named(key: str) -> None:
     for argument, call in (
         ("x", lambda: layer(x[0])),
         ("x", lambda: layer(x[..., :-1])),
+        ("x", lambda: layer(x.tolist())),
+        ("x", lambda: layer(x.long())),
+        ("x", lambda: layer(x.float())),
+        ("key_padding", lambda: layer(x, key_padding=[[True] * n] * 2)),
         ("key_padding", lambda: layer(x, key_padding=torch.ones(2, n + 1, dtype=torch.bool))),
         ("key_padding", lambda: layer(x, key_padding=torch.ones(2, n))),
         ("heads", lambda: create(key, dim=about.dim, heads=0)),
@@ -285,6 +309,29 @@ def test_bad_input_is_named(key: str) -> None:
             layer(x, state=(1, 2))
         with pytest.raises(ArgumentError, match=r"^state: got"):
             layer(x[:1], state=state)
+
+
+WRONG: dict[type, tuple[object, ...]] = {
+    bool: ("false", 1, None),
+    int: (1.5, "x", True, -1),
+    float: (torch.nan, torch.inf, "x", True, None),
+    str: ("x", 1),
+    type(None): ("x", True, -1),
+}
+"""By the type of a setting's default, what it cannot be."""
+
+
+@check("bad input")
+def test_bad_settings_are_named(key: str) -> None:
+    about = example(key)
+    for name in ("dim", "heads"):
+        for value in WRONG[int]:
+            with pytest.raises(ArgumentError, match=f"^{name}: got"):
+                create(key, **{"dim": about.dim, "heads": about.heads, **about.settings, name: value})
+    for name, default in settings_of(key).items():
+        for value in WRONG[type(default)]:
+            with pytest.raises(ArgumentError, match=f"^{name}: got"):
+                create(key, dim=about.dim, heads=about.heads, **{**about.settings, name: value})
 
 
 def test_a_mechanism_that_does_not_exist_is_answered_with_its_neighbours() -> None:

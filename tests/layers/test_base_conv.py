@@ -71,3 +71,19 @@ def test_bad_settings_are_named() -> None:
         BaseConv(7, 1, expand=1)
     with pytest.raises(ArgumentError, match=r"^kernel_size: got 0"):
         BaseConv(8, 2, kernel_size=0)
+
+
+@pytest.mark.parametrize("preset", ["based", "zoology"])
+@pytest.mark.parametrize("size", [3, None])
+def test_autocast_with_padding_and_calls_without_tokens_or_rows(preset, size) -> None:
+    layer, x = BaseConv(8, 2, preset=preset, kernel_size=size), torch.randn(2, 7, 8)
+    real = torch.arange(7)[None].expand(2, -1) >= 2
+    want = layer(x, key_padding=real)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(layer(x, key_padding=real).out.float(), want.out, rtol=0.1, atol=0.05)
+    for few in (x[:0], x[:, :0], x[:0, :0]):
+        for here in (None, torch.ones(few.shape[:2], dtype=torch.bool)):
+            assert layer(few, key_padding=here).out.shape == few.shape
+    for here in (None, real[:, :0]):
+        state = layer(x[:, :0], key_padding=here, state=want.state).state
+        assert torch.equal(state.windows[0], want.state.windows[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 from regard.errors import ArgumentError, UnknownNameError, UnsupportedError
 from regard.layers import create
 from regard.layers.combiner_regions import Pool, Pooling, axial, axial_rows, fixed, logsparse
+from regard.models import CausalLM, CausalLMConfig, Mixer
 from regard.patterns import causal
 
 KINDS = ["fixed", "logsparse", "axial", "axial-rows", "bidirectional"]
@@ -185,13 +186,33 @@ def test_the_public_code_keeps_the_own_region() -> None:
     assert torch.equal(plain(x, pattern=causal()).out, own(x, pattern=causal()).out)
 
 
+def test_a_state_is_for_one_size_of_segments_and_takes_no_tokens_too() -> None:
+    layer, x = create("combiner", dim=8, heads=2, segment_size=4), torch.randn(2, 9, 8)
+    state = layer(x[:, :5], pattern=causal()).state
+    for real in (None, torch.ones(2, 0, dtype=torch.bool)):
+        out, same, _ = layer(x[:, :0], pattern=causal(), key_padding=real, state=state)
+        assert out.shape == (2, 0, 8)
+        for got, want in zip(same, state, strict=True):
+            torch.testing.assert_close(got, want)
+    with pytest.raises(ArgumentError, match=r"^state: got segments of 4; allowed: segments of 8"):
+        create("combiner", dim=8, heads=2, segment_size=8)(x, pattern=causal(), state=state)
+
+
 def test_what_is_undefined_is_refused() -> None:
     x = torch.randn(1, 5, 8)
     for regions in ("logsparse", "axial", "axial-rows"):
         layer = create("combiner", dim=8, heads=2, regions=regions)
         with pytest.raises(UnsupportedError, match=r"combiner takes no regions='.*' without causal\(\)"):
             layer(x)
-        assert layer(x, pattern=causal()).state is None
+        first = layer(x, pattern=causal()).state
+        for state in (first, create("combiner", dim=8, heads=2)(x, pattern=causal()).state):
+            with pytest.raises(
+                UnsupportedError, match=r"combiner takes no state with regions='.*': only regions='fixed'"
+            ):
+                layer(x, pattern=causal(), state=state)
+        model = CausalLM(CausalLMConfig(11, 8, (Mixer("combiner", 2, {"regions": regions}),)))
+        with pytest.raises(UnsupportedError, match="only regions='fixed'"):
+            model.generate(torch.arange(5)[None], 3)
     with pytest.raises(UnsupportedError, match="combiner takes no pool='mean' with regions='axial-rows'"):
         create("combiner", dim=8, heads=2, regions="axial-rows", pool="mean")
     layer = create("combiner", dim=8, heads=2)

@@ -88,3 +88,15 @@ def test_bad_sizes_are_named() -> None:
         SGLU(8, 0)
     with pytest.raises(ArgumentError, match=r"^layer: got 3"):
         TransNormerLLM(16, 4, layer=3, layers=3)
+
+
+@pytest.mark.parametrize("kind", [LightningAttention, LightningAttention2Layer, TransNormerLLM])
+def test_it_is_made_without_memory_and_in_the_default_dtype(kind) -> None:
+    with torch.device("meta"):
+        empty = kind(16, 4)
+    assert all(p.is_meta for p in empty.parameters()) and empty.mixer == kind(16, 4).mixer
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert {p.dtype for p in kind(16, 4).parameters()} == {torch.float64}
+    finally:
+        torch.set_default_dtype(torch.float32)

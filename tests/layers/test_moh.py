@@ -164,6 +164,13 @@ def test_bfloat16_gates_stay_finite_and_near_the_exact_ones() -> None:
     assert (rough.selected.sum(-1) == exact.selected.sum(-1)).all()
 
 
+@pytest.mark.parametrize("pattern", [None, causal(), per_head([sliding_window(n + 1) for n in range(HEADS)])])
+def test_gathered_without_rows_or_tokens(pattern: Pattern | None) -> None:
+    layer, x = make(gathered=True, kv_heads=4), tokens()
+    for few in (x[:0], x[:, :0]):
+        assert layer(few, pattern=pattern).out.shape == few.shape
+
+
 @pytest.mark.parametrize(
     ("argument", "settings"),
     [

@@ -80,10 +80,22 @@ def test_what_does_not_go_together_is_refused() -> None:
         plain(x, x, state=plain(x).state)
     with pytest.raises(ArgumentError, match=r"^context: got"):
         plain(x, x[..., :3])
+    for context in (x.tolist(), x.float(), x.long()):
+        with pytest.raises(ArgumentError, match=r"^context: got"):
+            plain(x, context)
     with pytest.raises(ArgumentError, match=r"^heads: got 3"):
         MultiHeadAttention(16, 3)
     with pytest.raises(ArgumentError, match=r"^rotary: got"):
         MultiHeadAttention(15, 5, rotary=True)
+
+
+def test_any_dtype_among_the_parameters_passes_and_no_other() -> None:
+    layer = MultiHeadAttention(16, 4)
+    layer.o_proj.bfloat16()
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(ArgumentError, match=rf"^x: got {dtype}; allowed: the layer's: torch.float32, torch.bfloat"):
+            layer(tokens().to(dtype))
+    layer.check_tokens(tokens().bfloat16(), None, None)
 
 
 def test_layers_by_name() -> None:

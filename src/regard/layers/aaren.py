@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from regard.errors import require
+from regard.layers.checks import sizes
 from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState, join_heads, split_heads
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.recurrence.prefix_softmax import PAPER, PrefixInputs, PrefixSoftmax, SoftmaxState
@@ -43,7 +44,7 @@ class Aaren(RecurrentLayer):
     def __init__(self, dim: int, heads: int, *, chunk_size: int = 64) -> None:
         super().__init__(dim, heads)
         require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
-        require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
+        sizes(chunk_size=chunk_size)
         self.mixer: PrefixSoftmax = PrefixSoftmax(chunk_size)
         self.token = nn.Parameter(0.02 * torch.randn(dim))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))

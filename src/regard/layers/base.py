@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard.errors import UnsupportedError, require
+from regard.layers.checks import sizes
 from regard.patterns import Pattern, causal
 from regard.registry import entries
 
@@ -58,8 +59,7 @@ class Layer(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("heads", heads)):
-            require(isinstance(value, int) and value >= 1, name, value, "an int ≥ 1")
+        sizes(dim=dim, heads=heads)
         self.dim, self.heads = dim, heads
 
     def forward(
@@ -77,7 +77,7 @@ class Layer(nn.Module):
         pattern: who may attend to whom; None = the mechanism's own: everyone to everyone unless it is causal by nature.
         key_padding (B, N), or (B, M) with a context: bool, True = real token.
         state: what the call before returned; x are then the tokens that follow, and key_padding is theirs.
-        Raises ArgumentError for a wrong shape, UnsupportedError for what the mechanism does not do.
+        Raises ArgumentError for a wrong shape or dtype, UnsupportedError for what the mechanism does not do.
         """
         raise NotImplementedError
 
@@ -90,15 +90,29 @@ class Layer(nn.Module):
         raise NotImplementedError(f"{cls.__name__} declares no identity")
 
     def check_tokens(self, x: Tensor, context: Tensor | None, key_padding: Tensor | None) -> None:
-        """Raise ArgumentError unless the shapes are those of `forward`."""
+        """Raise ArgumentError unless these are tensors, of the shapes of `forward` and, outside autocast, in a dtype of
+        the parameters."""
+        self._check_tensor("x", x)
         require(x.ndim == 3 and x.shape[-1] == self.dim, "x", tuple(x.shape), f"(B, N, {self.dim})")
+        if context is not None:
+            self._check_tensor("context", context)
         source, name = (x, "N") if context is None else (context, "M")
         fits = source.ndim == 3 and source.shape[0] == x.shape[0] and source.shape[2] == self.dim
         require(fits, "context", tuple(source.shape), f"({x.shape[0]}, M, {self.dim})")
         if key_padding is not None:
+            require(isinstance(key_padding, Tensor), "key_padding", type(key_padding).__name__, "a bool tensor")
             shape, wanted = tuple(key_padding.shape), tuple(source.shape[:2])
             require(shape == wanted, "key_padding", shape, f"{wanted}: (B, {name})")
             require(key_padding.dtype == torch.bool, "key_padding", key_padding.dtype, "torch.bool, True = real")
+
+    def _check_tensor(self, name: str, x: Tensor) -> None:
+        require(isinstance(x, Tensor), name, type(x).__name__, "a floating-point tensor")
+        require(x.is_floating_point(), name, x.dtype, "a floating-point dtype")
+        own = next(self.parameters(), None)
+        if own is None or own.dtype == x.dtype or autocasting(x):
+            return
+        known = dict.fromkeys(p.dtype for p in self.parameters() if p.is_floating_point())
+        require(not known or x.dtype in known, name, x.dtype, f"the layer's: {', '.join(map(str, known))}")
 
     def check_causal(self, context: Tensor | None, pattern: Pattern | None) -> None:
         """For a mechanism that is causal by nature: refuse a context and any pattern but `causal()`."""
@@ -115,6 +129,12 @@ class Layer(nn.Module):
         """The error for something this mechanism does not do, with its registered name in it; to be raised."""
         name = next((e.key for e in entries("layer") if e.factory is type(self)), type(self).__name__)
         return UnsupportedError(f"{name} takes no {what}")
+
+
+def autocasting(x: Tensor) -> bool:
+    """Is autocast on where x lies?"""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_padding(out: Tensor, key_padding: Tensor | None) -> Tensor:

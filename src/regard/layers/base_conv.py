@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from regard.errors import UnknownNameError, require
+from regard.layers.checks import sizes
 from regard.layers.long_convolution import LongConvolution
 from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState
 from regard.layers.short_convolution import ShortConvolution
@@ -99,8 +100,8 @@ class BaseConv(RecurrentLayer):
         super().__init__(dim, heads)
         if preset not in get_args(Preset):
             raise UnknownNameError("preset", str(preset), get_args(Preset))
-        fits = isinstance(expand, int) and expand >= 1 and expand * dim % 2 == 0
-        require(fits, "expand", expand, f"an int ≥ 1 with expand·dim even (dim={dim})")
+        sizes(expand=expand, max_length=max_length)
+        require(expand * dim % 2 == 0, "expand", expand, f"an int ≥ 1 with expand·dim even (dim={dim})")
         self.preset = preset
         self.mixer: PassedOn = PassedOn()
         self.in_proj: nn.Module

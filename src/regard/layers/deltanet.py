@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.layers.base import Example
+from regard.layers.checks import flags, sizes
 from regard.layers.recurrent import (
     RECURRENT,
     Read,
@@ -68,6 +69,8 @@ class DeltaNet(RecurrentLayer):
         super().__init__(dim, heads)
         self.key_dim = share_of(dim, 1, 1, heads, "key_dim") if key_dim is None else key_dim
         self.value_dim = share_of(dim, 1, 1, heads, "value_dim") if value_dim is None else value_dim
+        sizes(key_dim=self.key_dim, value_dim=self.value_dim, chunk_size=chunk_size)
+        flags(negative_eigenvalues=negative_eigenvalues)
         self.negative_eigenvalues = negative_eigenvalues
         self.mixer = DeltaRule(chunk_size)
         self.widths = [heads * self.key_dim, heads * self.key_dim, heads * self.value_dim]

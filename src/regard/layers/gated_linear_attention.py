@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
-from regard.errors import require
 from regard.layers.base import Example
+from regard.layers.checks import positive, sizes
 from regard.layers.recurrent import (
     RECURRENT,
     Read,
@@ -55,9 +55,10 @@ class GatedLinearAttention(RecurrentLayer):
         chunk_size: int = 64,
     ) -> None:
         super().__init__(dim, heads)
-        require(decay_temperature > 0, "decay_temperature", decay_temperature, "a number above 0")
+        positive(decay_temperature=decay_temperature)
         self.key_dim = share_of(dim, 1, 2, heads, "key_dim") if key_dim is None else key_dim
         value_dim = share_of(dim, 1, 1, heads, "value_dim") if value_dim is None else value_dim
+        sizes(key_dim=self.key_dim, value_dim=value_dim, gate_rank=gate_rank, chunk_size=chunk_size)
         self.decay_temperature = decay_temperature
         self.mixer = DiagonalDecay(chunk_size)
         self.q_proj, self.k_proj = (nn.Linear(dim, heads * self.key_dim, bias=False) for _ in range(2))

@@ -18,12 +18,12 @@ def attend_gathered(asked: Attending, selected: Tensor, pattern: Pattern | None)
     length. A pattern that differs by head or by row is followed head by head."""
     q, k, v = asked.q, asked.k, asked.v
     batch, kv_heads = k.shape[:2]
+    group, n = q.shape[1] // kv_heads, q.shape[2]
     wanted = selected.transpose(1, 2)  # (B, H, N)
     if pattern is None or (pattern.heads is None and pattern.rows is None):
         # Every key/value head becomes a batch row of its own: its group's queries are one list, no key is repeated.
-        lists = wanted.reshape(batch * kv_heads, -1)
-        queries = q.reshape(batch * kv_heads, -1, q.shape[3])
-        group = q.shape[1] // kv_heads
+        lists = wanted.reshape(batch * kv_heads, group * n)
+        queries = q.reshape(batch * kv_heads, group * n, q.shape[3])
         positions = asked.positions[:, None, None].expand(batch, kv_heads, group, -1).reshape(lists.shape)
         padding = None if asked.key_padding is None else asked.key_padding.repeat_interleave(kv_heads, 0)
         keys, values = (x.reshape(batch * kv_heads, 1, *x.shape[2:]) for x in (k, v))
@@ -32,7 +32,7 @@ def attend_gathered(asked: Attending, selected: Tensor, pattern: Pattern | None)
         )
     outs = []
     for h in range(q.shape[1]):
-        kv = slice(h // (q.shape[1] // kv_heads), h // (q.shape[1] // kv_heads) + 1)
+        kv = slice(h // group, h // group + 1)
         own = pattern.for_head(h)
         outs.append(_attend_lists(q[:, h], k[:, kv], v[:, kv], wanted[:, h], asked.positions, asked.key_padding, own))
     return torch.stack(outs, 1)

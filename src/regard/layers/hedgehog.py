@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regard.errors import UnknownNameError, require
 from regard.layers.base import Context, Output, Padding, Tokens, without_padding
+from regard.layers.checks import flags, from_zero, positive, sizes
 from regard.layers.recurrent import (
     Read,
     RecurrentLayer,
@@ -100,8 +101,11 @@ class Hedgehog(RecurrentLayer):
     ) -> None:
         super().__init__(dim, heads)
         require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
+        flags(rotary=rotary)
+        positive(rotary_base=rotary_base)
         require(not rotary or (dim // heads) % 2 == 0, "rotary", f"head dim {dim // heads}", "an even head dim")
-        require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
+        sizes(chunk_size=chunk_size)
+        from_zero("eps", eps)
         if features not in _MAPS:
             raise UnknownNameError("features", str(features), get_args(Features))
         self.mixer: NormalisedLinearAttention = NormalisedLinearAttention(eps, chunk_size)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from regard.layers.base import Example
+from regard.layers.checks import sizes
 from regard.layers.forget_gate import ForgetGate
 from regard.layers.recurrent import (
     RECURRENT,
@@ -56,6 +57,7 @@ class HGRN2Layer(RecurrentLayer):
         super().__init__(dim, heads)
         value_dim = share_of(dim, 1, 1, heads, "another dim")
         self.key_dim = value_dim if key_dim is None else key_dim
+        sizes(key_dim=self.key_dim, chunk_size=chunk_size)
         self.mixer = DiagonalDecay(chunk_size)
         self.forget_gate = ForgetGate(layer, layers, lower_bound)
         self.q_proj = nn.Linear(dim, heads * self.key_dim, bias=False)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from regard.errors import UnknownNameError, require
+from regard.layers.checks import sizes
 from regard.layers.recurrent import RECURRENT, Read, RecurrentLayer, RecurrentState, join_heads, split_heads
 from regard.recurrence import LightningAttention2, LightningInputs, tnl_log_decay
 from regard.recurrence.lightning_attention_2 import PAPER
@@ -50,12 +51,13 @@ class LightningAttention2Layer(RecurrentLayer):
     ) -> None:
         super().__init__(dim, heads)
         require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
-        require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
+        sizes(chunk_size=chunk_size)
         if preset not in get_args(Preset):
             raise UnknownNameError("preset", str(preset), get_args(Preset))
         self.preset = preset
         slopes: Literal["code", "paper"] = "code" if preset == "tnl-code" else "paper"
-        decay = tnl_log_decay(heads, layer=layer, layers=layers, slopes=slopes)
+        with torch.device("cpu"):  # its numbers are settings, also where parameters are made without memory
+            decay = tnl_log_decay(heads, layer=layer, layers=layers, slopes=slopes)
         self.mixer = LightningAttention2(tuple(decay.tolist()), chunk_size)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         rank = dim // heads

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.errors import require
+from regard.layers.checks import sizes
 from regard.recurrence.diagonal import accumulation_dtype
 
 
@@ -28,8 +29,7 @@ class LongConvolution(nn.Module):
         self, channels: int, *, bias: bool = False, max_length: int = 2048, bands: int = 8, width: int = 32
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("max_length", max_length), ("bands", bands), ("width", width)):
-            require(isinstance(value, int) and value >= 1, name, value, "an int ≥ 1")
+        sizes(channels=channels, max_length=max_length, bands=bands, width=width)
         self.channels, self.max_length, self.bands = channels, max_length, bands
         self.filter = nn.Sequential(nn.Linear(1 + 2 * bands, width), Sine(), nn.Linear(width, channels, bias=False))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
@@ -66,6 +66,8 @@ class LongConvolution(nn.Module):
         return out.masked_fill(~key_padding[..., None], 0.0), following
 
     def _convolve(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x
         n, dtype = x.shape[1], accumulation_dtype(x)
         size = 2 * n  # room for what would otherwise come round from the end
         spectrum = torch.fft.rfft(x.to(dtype), n=size, dim=1) * torch.fft.rfft(self.kernel(n).to(dtype), n=size, dim=0)

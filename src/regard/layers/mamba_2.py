@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 
 from regard.errors import require
 from regard.layers.base import Example
+from regard.layers.checks import sizes
 from regard.layers.decay_gate import DecayGate
 from regard.layers.recurrent import (
     RECURRENT,
@@ -59,8 +60,10 @@ class Mamba2(RecurrentLayer):
         chunk_size: int = 64,
     ) -> None:
         super().__init__(dim, heads)
-        require(groups >= 1 and heads % groups == 0, "groups", groups, f"a divisor of heads={heads}")
+        sizes(groups=groups, key_dim=key_dim, chunk_size=chunk_size)
+        require(heads % groups == 0, "groups", groups, f"a divisor of heads={heads}")
         value_dim = share_of(dim, 2, 1, heads, "value_dim") if value_dim is None else value_dim
+        sizes(value_dim=value_dim)
         inner = heads * value_dim
         self.groups = groups
         self.mixer = SSD(chunk_size)

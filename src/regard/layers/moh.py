@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from regard.attend import attend
 from regard.errors import require
 from regard.layers.base import Context, Example, Output, Padding, Tokens, without_padding
+from regard.layers.checks import flags
 from regard.layers.head_gathering import attend_gathered
 from regard.layers.multi_head_attention import KVState, MultiHeadAttention
 from regard.patterns import Pattern
+from regard.patterns.algebra import at_least
 from regard.registry import Paper, mechanism
 
 PAPER = Paper("MoH: Multi-Head Attention as Mixture-of-Head Attention", "Jin et al.", 2024, "2410.11842")
@@ -79,9 +81,12 @@ class MixtureOfHeads(MultiHeadAttention):
         super().__init__(
             dim, heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias, rotary=rotary, rotary_base=rotary_base
         )
+        flags(rescaled=rescaled, gathered=gathered)
+        at_least("shared_heads", shared_heads, 0)
+        at_least("top_k", top_k, 0)
         routed = heads - shared_heads
-        require(0 <= shared_heads <= heads, "shared_heads", shared_heads, f"0 … heads={heads}")
-        require(0 <= top_k <= routed, "top_k", top_k, f"0 … {routed}, the heads that are not shared")
+        require(routed >= 0, "shared_heads", shared_heads, f"0 … heads={heads}")
+        require(top_k <= routed, "top_k", top_k, f"0 … {routed}, the heads that are not shared")
         require(shared_heads + top_k >= 1, "top_k", top_k, "at least one head that a token uses, shared or selected")
         self.shared_heads, self.top_k, self.rescaled, self.gathered = shared_heads, top_k, rescaled, gathered
         # A router that could decide nothing has no weights.

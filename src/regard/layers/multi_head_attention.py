@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regard.attend import attend
 from regard.errors import require
 from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_padding
+from regard.layers.checks import flags, positive, sizes
 from regard.layers.rotary import rotate
 from regard.patterns import Pattern
 from regard.registry import Paper, mechanism
@@ -79,11 +80,14 @@ class MultiHeadAttention(Layer):
     ) -> None:
         super().__init__(dim, heads)
         kv_heads = heads if kv_heads is None else kv_heads
-        require(kv_heads >= 1 and heads % kv_heads == 0, "kv_heads", kv_heads, f"a divisor of heads={heads}")
+        sizes(kv_heads=kv_heads)
+        flags(bias=bias, rotary=rotary)
+        positive(rotary_base=rotary_base)
+        require(heads % kv_heads == 0, "kv_heads", kv_heads, f"a divisor of heads={heads}")
         if head_dim is None:
             require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}, or give head_dim")
             head_dim = dim // heads
-        require(head_dim >= 1, "head_dim", head_dim, "an int ≥ 1")
+        sizes(head_dim=head_dim)
         require(not rotary or head_dim % 2 == 0, "rotary", f"head_dim {head_dim}", "an even head_dim")
         self.kv_heads, self.head_dim, self.bias = kv_heads, head_dim, bias
         self.rotary, self.rotary_base = rotary, rotary_base

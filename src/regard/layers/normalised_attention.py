@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from regard.errors import UnknownNameError, require
+from regard.layers.checks import sizes
 from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState, at_real_tokens, join_heads, split_heads
 from regard.recurrence import DiagonalDecay, DiagonalInputs
 from regard.recurrence.dsf import PAPER
@@ -42,7 +43,7 @@ class NormalisedAttention(RecurrentLayer):
     def __init__(self, dim: int, heads: int, *, normaliser: Normaliser = "exp", chunk_size: int = 64) -> None:
         super().__init__(dim, heads)
         require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
-        require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
+        sizes(chunk_size=chunk_size)
         if normaliser not in get_args(Normaliser):
             raise UnknownNameError("normaliser", str(normaliser), get_args(Normaliser))
         self.mixer: DiagonalDecay = DiagonalDecay(chunk_size)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
-from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_padding
+from regard.layers.base import Context, Layer, Output, Padding, Tokens, autocasting, without_padding
+from regard.layers.checks import sizes
 from regard.patterns import Pattern
 from regard.recurrence import DiagonalState, Recurrence
 
@@ -103,10 +104,7 @@ class RecurrentLayer(Layer):
 
 def own_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Keeps autocast out of the recurrence: its products are those of states, held in at least float32."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
 
 
 def seen(x: Tensor, key_padding: Tensor | None, state: RecurrentState | None) -> Tensor:
@@ -129,8 +127,7 @@ def positions(x: Tensor, key_padding: Tensor | None, state: RecurrentState | Non
 
 def share_of(dim: int, numerator: int, denominator: int, heads: int, name: str) -> int:
     """Channels of one head where all heads together have dim·numerator/denominator; ArgumentError if uneven."""
-    require(dim >= 1, "dim", dim, "an int ≥ 1")
-    require(heads >= 1, "heads", heads, "an int ≥ 1")
+    sizes(dim=dim, heads=heads)
     width, rest = divmod(dim * numerator, denominator * heads)
     allowed = f"a divisor of {numerator}/{denominator} of dim={dim}, or give {name}"
     require(rest == 0 and width >= 1, "heads", heads, allowed)

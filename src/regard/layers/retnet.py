@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 
 from regard.errors import require
 from regard.layers.base import Example
+from regard.layers.checks import flags, positive, sizes
 from regard.layers.recurrent import (
     RECURRENT,
     Read,
@@ -66,6 +67,9 @@ class RetNet(RecurrentLayer):
         super().__init__(dim, heads)
         self.key_dim = share_of(dim, 1, 1, heads, "key_dim") if key_dim is None else key_dim
         value_dim = share_of(dim, 2, 1, heads, "value_dim") if value_dim is None else value_dim
+        sizes(key_dim=self.key_dim, value_dim=value_dim, chunk_size=chunk_size)
+        flags(rotary=rotary)
+        positive(rotary_base=rotary_base)
         require(not rotary or self.key_dim % 2 == 0, "key_dim", self.key_dim, "an even number, for the rotation")
         self.rotary, self.rotary_base = rotary, rotary_base
         self.mixer = DiagonalDecay(chunk_size)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from regard.attend import attend
-from regard.errors import require
 from regard.layers.base import Context, Layer, Output, Padding, Tokens, without_padding
 from regard.layers.base_conv import PAPER
+from regard.layers.checks import from_zero, sizes
 from regard.layers.multi_head_attention import KVState, MultiHeadAttention
 from regard.patterns import Pattern, causal
 from regard.registry import mechanism
@@ -60,11 +60,11 @@ class SelectiveAttentionHybrid(Layer):
         rotary: bool = False,
     ) -> None:
         super().__init__(dim, heads)
-        require(rows is None or (isinstance(rows, int) and rows >= 1), "rows", rows, "an int ≥ 1, or None = √N")
-        require(
-            threshold is None or 0 <= threshold < 1, "threshold", threshold, "0 ≤ threshold < 1, or None = top rows"
-        )
-        require(loss_weight >= 0, "loss_weight", loss_weight, "a number ≥ 0")
+        if rows is not None:
+            sizes(rows=rows)
+        if threshold is not None:
+            from_zero("threshold", threshold, below=1)
+        from_zero("loss_weight", loss_weight)
         self.rows, self.threshold, self.loss_weight = rows, threshold, loss_weight
         self.attention = MultiHeadAttention(dim, heads, rotary=rotary)
         self.gate = nn.Linear(dim, 1, bias=False)
@@ -95,12 +95,13 @@ class SelectiveAttentionHybrid(Layer):
             loss = self.loss_weight * (gates.sum(1) - budget).div(real.sum(1).clamp(min=1)).relu().mean()
         else:
             chosen = self._choose(gates, real, budget)
-            count = int(chosen.sum(1).max())
+            count = int(chosen.sum(1).max()) if len(x) else 0
             index = chosen.long().argsort(dim=1, descending=True, stable=True)[:, :count]  # theirs first, in order
             q = asked.q.gather(2, index[:, None, :, None].expand(-1, self.heads, -1, asked.q.shape[3]))
             where = asked.positions.gather(1, index)
             out = attend(q, asked.k, asked.v, pattern=causal(), key_padding=asked.key_padding, q_positions=where)
-            mixed = torch.zeros_like(x).scatter(1, index[..., None].expand(-1, -1, self.dim), self._joined(out))
+            joined = self._joined(out)  # under autocast not in the dtype of x
+            mixed = joined.new_zeros(x.shape).scatter(1, index[..., None].expand_as(joined), joined)
             mixed = without_padding(mixed, chosen)
             loss = gates.new_zeros(())
         out = without_padding(x + gates[..., None] * mixed, key_padding)

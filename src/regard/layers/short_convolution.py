@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, pad, silu
 
 from regard.errors import require
+from regard.layers.checks import sizes
 
 
 class ShortConvolution(nn.Module):
@@ -19,8 +20,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int = 4, *, bias: bool = False, activation: bool = True) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("kernel_size", kernel_size)):
-            require(isinstance(value, int) and value >= 1, name, value, "an int ≥ 1")
+        sizes(channels=channels, kernel_size=kernel_size)
         self.channels, self.kernel_size, self.activation = channels, kernel_size, activation
         bound = kernel_size**-0.5
         self.weight = nn.Parameter(torch.empty(channels, kernel_size).uniform_(-bound, bound))
@@ -44,7 +44,8 @@ class ShortConvolution(nn.Module):
         # Real tokens move together to the left, in order; what they leave at the right is read by none of them.
         order = (~key_padding).long().argsort(dim=1, stable=True)[..., None].expand_as(x)
         joined = self._after(window, x.gather(1, order))
-        out = torch.zeros_like(x).scatter(1, order, self._convolve(joined))
+        convolved = self._convolve(joined)  # under autocast not in the dtype of x
+        out = torch.zeros_like(convolved).scatter(1, order, convolved)
         last = key_padding.sum(-1)[:, None] + torch.arange(kept, device=x.device)
         following = joined.gather(1, last[..., None].expand(wanted))
         return out.masked_fill(~key_padding[..., None], 0.0), following
@@ -55,6 +56,8 @@ class ShortConvolution(nn.Module):
 
     def _convolve(self, joined: Tensor) -> Tensor:
         """(B, K − 1 + N, channels) → (B, N, channels)."""
+        if joined.shape[1] < self.kernel_size:  # no token
+            return joined[:, :0]
         out = conv1d(joined.mT, self.weight[:, None], self.bias, groups=self.channels).mT
         return silu(out) if self.activation else out
 

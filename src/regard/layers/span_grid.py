@@ -12,9 +12,10 @@ from regard.attend import attend
 from regard.errors import require
 from regard.layers.band import band_places, from_band, transpose_band
 from regard.layers.base import Context, Example, Layer, Output, Padding, Tokens
+from regard.layers.checks import flags, from_zero
 from regard.layers.rotary import rotate
 from regard.patterns import Pattern
-from regard.patterns.algebra import at_least, true_or_false
+from regard.patterns.algebra import at_least
 from regard.patterns.arrow import SENER
 from regard.registry import mechanism
 
@@ -72,9 +73,8 @@ class SpanGridAttention(Layer):
         super().__init__(dim, heads)
         require(dim % heads == 0 and dim // heads % 2 == 0, "heads", heads, f"one with dim={dim} / heads even")
         at_least("reach", reach, 0)
-        number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool) and 0 <= dropout < 1
-        require(number, "dropout", repr(dropout), "a number from 0 to below 1")
-        true_or_false("swapped", swapped)
+        from_zero("dropout", dropout, below=1)
+        flags(swapped=swapped)
         self.reach, self.swapped = reach, swapped
         self.side = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.along_row, self.along_column = _Axial(dim, heads), _Axial(dim, heads)
@@ -150,5 +150,7 @@ class SpanGridAttention(Layer):
 
 def _convolved(conv: nn.Conv2d, band: Tensor) -> Tensor:
     """The convolution over (word, cell) of a band (B, n, L, C)."""
+    if band.numel() == 0:
+        return band
     out: Tensor = conv(band.movedim(-1, 1))
     return out.movedim(1, -1)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from regard.errors import require
 from regard.layers.base import Output, without_padding
+from regard.layers.checks import sizes
 from regard.layers.lightning_attention import LightningAttention
 from regard.layers.recurrent import RecurrentState, join_heads, split_heads
 from regard.recurrence.lightning_attention import PAPER, tiled
@@ -61,7 +61,7 @@ class SGLU(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        require(isinstance(width, int) and width >= 1, "width", width, "an int ≥ 1")
+        sizes(width=width)
         self.v_proj, self.u_proj = (nn.Linear(dim, width, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(width, dim, bias=False)
 

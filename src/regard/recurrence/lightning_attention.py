@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
+from regard.patterns.algebra import at_least
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.registry import Paper
 
@@ -26,7 +27,7 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, block: int = 64
     """q, k (B, H, N, Dk), v (B, H, N, Dv), log_decay (H,) ≤ 0, fixed: no gradient → (B, H, N, Dv) in v's dtype.
 
     block: tokens of a tile's side. O(N²·(Dk + Dv)) time, O(N·(Dk + Dv) + block²) memory, the backward's too."""
-    require(block >= 1, "block", block, "an int ≥ 1")
+    at_least("block", block, 1)
     require(q.ndim == 4, "q", tuple(q.shape), "(B, H, N, Dk)")
     require(k.shape == q.shape, "k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}")
     require(v.ndim == 4 and v.shape[:3] == q.shape[:3], "v", tuple(v.shape), f"{tuple(q.shape[:3])} and Dv")
@@ -47,9 +48,12 @@ def lrpe(x: Tensor, positions: Tensor, theta: Tensor) -> Tensor:
 
 
 def lrpe_angles(heads: int, head_dim: int) -> Tensor:
-    """(H, 1, D): 10000^{−2i/d} for i = 0 … d − 1 over all d = H·D channels, the first head turning fastest."""
+    """(H, 1, D): 10000^{−2i/d} for i = 0 … d − 1 over all d = H·D channels, the first head turning fastest.
+
+    Computed in float64, in torch's default dtype as any parameter."""
     dim = heads * head_dim
-    return (10000.0 ** (-2 / dim * torch.arange(dim, dtype=torch.float64))).view(heads, 1, head_dim).float()
+    angles = 10000.0 ** (-2 / dim * torch.arange(dim, dtype=torch.float64))
+    return angles.view(heads, 1, head_dim).to(torch.get_default_dtype())
 
 
 class _Tiled(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import UnknownNameError, require
+from regard.patterns.algebra import at_least
 from regard.recurrence.diagonal_decay import DiagonalDecay, DiagonalInputs, DiagonalState
 from regard.registry import Paper, register
 
@@ -27,7 +28,7 @@ Slopes = Literal["code", "paper"]
 
 def alibi_slopes(heads: int) -> list[float]:
     """2^{−8h/H}, h = 1..H, for a power of two; else those of the one below, then every second of its double."""
-    require(heads >= 1, "heads", heads, "an int ≥ 1")
+    at_least("heads", heads, 1)
     below = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * h / below) for h in range(1, below + 1)]
     return slopes + [2.0 ** (-8 * h / (2 * below)) for h in range(1, 2 * (heads - below), 2)]
@@ -38,8 +39,10 @@ def tnl_log_decay(heads: int, *, layer: int = 0, layers: int = 1, slopes: Slopes
 
     "code", as released: −s_h·(1 − layer/(layers−1) + 1e-5) with ALiBi slopes s_h; the last layer hardly forgets.
     "paper": −(8h/H)·(1 − layer/layers), h = 1..H. The two do not agree. A single layer counts as the first."""
-    require(layers >= 1, "layers", layers, "an int ≥ 1")
-    require(0 <= layer < layers, "layer", layer, f"0 … {layers - 1} (layers={layers})")
+    at_least("heads", heads, 1)
+    at_least("layers", layers, 1)
+    at_least("layer", layer, 0)
+    require(layer < layers, "layer", layer, f"0 … {layers - 1} (layers={layers})")
     if slopes not in get_args(Slopes):
         raise UnknownNameError("slopes", str(slopes), get_args(Slopes))
     if slopes == "code":
@@ -78,6 +81,7 @@ class LightningAttention2:
     chunk_size: int = 64
 
     def __post_init__(self) -> None:
+        at_least("chunk_size", self.chunk_size, 1)
         allowed = all(g <= 0 for g in self.log_decay) and not any(math.isnan(g) for g in self.log_decay)
         require(allowed and len(self.log_decay) > 0, "log_decay", self.log_decay, "numbers ≤ 0, one per head")
 
