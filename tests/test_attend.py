@@ -155,6 +155,8 @@ def test_what_is_no_pattern_is_named() -> None:
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ArgumentError, match=r"pattern: got 'causal'"):
         attend(q, q, q, pattern="causal")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"pattern: got <class"):
+        attend(q, q, q, pattern=type(P.causal()))  # type: ignore[arg-type]
 
 
 def test_a_sink_of_nothing_beside_a_query_that_sees_nothing() -> None:

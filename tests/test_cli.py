@@ -171,7 +171,11 @@ def test_ctrl_c_says_what_is_kept(run: Any, tmp_path: Path, monkeypatch: pytest.
     text.write_text(TEXT.body, encoding="utf-8")
     code, out, _ = run(
         *("compare", "--model", "toy", "--context", "200", "--budget", "24", "--plans", "full,knorm"),
-        *("--tasks", "needle", "--text", str(text), "--out", str(tmp_path / "o")),
+        *("--tasks", "needle", "--text", str(text), "--out", str(tmp_path / "o p")),
     )
-    assert code == 130 and "Stopped: 0 of 64 measurements are kept" in out and "--resume" in out
-    assert (tmp_path / "o" / "report.html").exists()
+    assert (
+        code == 130
+        and "Stopped: 0 of 64 measurements are kept" in out
+        and f"--out '{tmp_path / 'o p'}' --resume" in out
+    )
+    assert (tmp_path / "o p" / "report.html").exists()

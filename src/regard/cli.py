@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import sys
 import time
 from enum import StrEnum
@@ -159,7 +160,7 @@ def compare(
         console.print(Text(str(folder / name), style="bold"), soft_wrap=True)
     if outcome.interrupted:
         kept = f"{len(outcome.results.records)} of {outcome.results.wanted} measurements are kept in {folder}"
-        console.print(Text(f"Stopped: {kept}. Go on with the same command and --out {folder} --resume"), soft_wrap=True)
+        console.print(Text(f"Stopped: {kept}. Go on with the same command and {_again(folder)}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
 
 
@@ -211,7 +212,7 @@ def train(
         told = (
             f"Stopped after step {outcome.models[-1].trained.step} of {outcome.models[-1].name}; all is kept. Go on: "
         )
-        console.print(Text(f"{told}{settings.command()} --out {folder} --resume"), soft_wrap=True)
+        console.print(Text(f"{told}{settings.command()} {_again(folder)}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
 
 
@@ -288,15 +289,15 @@ def _one_of(resume: bool, overwrite: bool, out: Path | None) -> None:
         raise ArgumentError("out", None, "with --resume, the folder of the run to go on with")
 
 
+def _again(folder: Path) -> str:
+    """The words that go on with a run, as a shell takes them."""
+    return f"--out {shlex.quote(str(folder))} --resume"
+
+
 def _items(text: str) -> tuple[str, ...]:
-    """Split at commas that stand in no bracket."""
-    items, depth, start = [], 0, 0
-    for at, character in enumerate(text):
-        depth += (character in "([") - (character in ")]")
-        if character == "," and depth == 0:
-            items.append(text[start:at])
-            start = at + 1
-    return tuple(item.strip() for item in [*items, text[start:]] if item.strip())
+    from regard.tasks.sample import items_of
+
+    return items_of(text)
 
 
 def _whole(name: str, text: str) -> int:

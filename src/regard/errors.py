@@ -22,9 +22,9 @@ class ArgumentError(RegardError, ValueError):
 class UnknownNameError(ArgumentError):
     """A name that nothing is registered under; the nearest names are given."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         names = sorted(known)
-        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        near = get_close_matches(name, names, n=3, cutoff=0.5) if isinstance(name, str) else []
         hint = f"did you mean {', '.join(near)}? " if near else ""
         super().__init__(kind, repr(name), f"{hint}known: {', '.join(names) or 'none'}")
 

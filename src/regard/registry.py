@@ -88,10 +88,10 @@ def mechanism(key: str, **about: Any) -> Callable[[F], F]:
 
 def lookup(kind: Kind, key: str) -> Entry:
     """The entry of that kind and name; UnknownNameError with the nearest names otherwise."""
-    try:
-        return _ENTRIES[kind, key]
-    except KeyError:
-        raise UnknownNameError(kind, key, (k for t, k in _ENTRIES if t == kind)) from None
+    entry = _ENTRIES.get((kind, key)) if isinstance(key, str) else None
+    if entry is None:
+        raise UnknownNameError(kind, key, (k for t, k in _ENTRIES if t == kind))
+    return entry
 
 
 def entries(kind: Kind | None = None, *, family: str | None = None, **settings: Any) -> list[Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from torch.nn.functional import linear, rms_norm, silu
 import regard
 from regard.errors import ArgumentError, CheckpointError, RegardError, UnknownNameError, UnsupportedError
 from regard.layers import Layer, Output
+from regard.layers.forget_gate import ForgetGate, share_lower_bounds
 from regard.models.causal_lm import CausalLM, LMState, Sampler, greedy, held_bytes
 from regard.models.config import CausalLMConfig
 from regard.models.saving import load_model, save_model
 from regard.models.stack import Mixer, full_attention, full_positions, hybrid, placed
-from regard.patterns import causal
+from regard.patterns import causal, sliding_window
 from regard.registry import entries
 
 LINEAR = Mixer("lightning-attention-2", 2)
@@ -31,6 +33,17 @@ def made(mixers: tuple[Mixer, ...] | None = None, **settings: object) -> CausalL
 
 def tokens(*shape: int) -> Tensor:
     return torch.randint(11, shape)
+
+
+def within(patterns: Any) -> Mixer:
+    return Mixer("multi-head-attention", 2, {"rotary": True}, patterns)
+
+
+def with_lower_bounds(width: int = 16) -> CausalLM:
+    """Three blocks of HGRN that share one learned Γ."""
+    model = made((Mixer("hgrn", 2),) * 3)
+    share_lower_bounds([block.mixer.forget_gate for block in model.blocks], width)
+    return model.double()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +171,17 @@ def test_sampling() -> None:
     torch.testing.assert_close(share, torch.cat([wanted / wanted.sum(), torch.zeros(1)]), atol=0.02, rtol=0)
 
 
+def test_top_k_is_k_tokens_where_they_tie() -> None:
+    for k in (1, 2):
+        assert len(Sampler(top_k=k)(torch.zeros(500, 6)).unique()) == k
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300, 1e300])
+def test_any_temperature_above_zero_draws(temperature: float) -> None:
+    drawn = Sampler(temperature)(torch.tensor([[5.0, 1e4, -1e4]]).expand(50, -1))
+    assert bool((drawn == 1).all()) == (temperature < 1)
+
+
 @pytest.mark.parametrize("ratio", ["1:0", "7:1", "3:1", "1:1", "0:1"])
 def test_bytes_follow_the_formula(ratio: str) -> None:
     """For each full block a cache of 2·N·C elements a row; for each recurrent one H·D² and a count of 8 bytes."""
@@ -166,6 +190,30 @@ def test_bytes_follow_the_formula(ratio: str) -> None:
     for n in (3, 20):
         wanted = 2 * (full * 4 * 2 * n * 16 + (8 - full) * (4 * 2 * 8 * 8 + 8))
         assert held_bytes(model(tokens(2, n)).state) == wanted
+
+
+def test_a_mixer_within_a_window() -> None:
+    """Based's third mixer: the pattern is both, steps follow it, and a file keeps it."""
+    window = within({"sliding-window": {"size": 3}})
+    assert window.pattern == sliding_window(3) & causal()
+    model, other, x = made((window,)), made((full_attention(2),)), tokens(1, 8)
+    other.load_state_dict(model.state_dict())
+    whole, full, state = model(x).logits, other(x).logits, None
+    torch.testing.assert_close(whole[:, :3], full[:, :3], atol=1e-12, rtol=0)
+    assert not torch.isclose(whole[:, 3:], full[:, 3:]).all(-1).any()
+    for i in range(8):
+        logits, state, _ = model(x[:, i : i + 1], state)
+        torch.testing.assert_close(logits, whole[:, i : i + 1], atol=1e-12, rtol=0)
+    again = CausalLMConfig.from_json(model.config.to_json())
+    assert again == model.config and again.mixers[0].pattern == window.pattern
+    assert "within" not in other.config.to_json()
+    with pytest.raises(UnsupportedError, match="takes no patterns"):
+        Mixer("retnet", 2, within={"sliding-window": {"size": 3}})
+
+
+def test_a_configuration_takes_a_list_and_whole_numbers() -> None:
+    given, same = CausalLMConfig(11, 16, [LINEAR], eps=1), CausalLMConfig(11, 16, (LINEAR,), eps=1.0)  # type: ignore[arg-type]
+    assert given == same and given.mixers == (LINEAR,) and given.fingerprint == same.fingerprint
 
 
 def test_all_full_is_the_transformer() -> None:
@@ -200,8 +248,45 @@ def test_aux_of_every_layer_comes_out() -> None:
         (lambda: made()(tokens(1, 4), state=3), "state: got int"),
         (lambda: made().generate(tokens(1, 3), 0), "new_tokens: got 0"),
         (lambda: made().generate(tokens(1, 3), 1, key_padding=torch.zeros(1, 3, dtype=torch.bool)), "key_padding"),
+        (lambda: made()([[1, 2]]), "tokens: got list"),
+        (lambda: made()(torch.tensor([[1, 11]])), "tokens: got 11; allowed: 0 to 10"),
+        (lambda: made()(torch.tensor([[-1, 3]])), "tokens: got -1"),
         (lambda: Sampler(0.0), "temperature"),
+        (lambda: Sampler("1"), "temperature: got '1'"),
+        (lambda: Sampler(None), "temperature: got None"),
         (lambda: Sampler(top_k=0), "top_k"),
+        (lambda: Sampler(top_k=1.5), "top_k: got 1.5"),
+        (lambda: Sampler(generator=3), "generator: got 3"),
+        (lambda: regard.create(None, dim=16, heads=2), "layer: got None"),
+        (lambda: regard.create(["x"], dim=16, heads=2), r"layer: got \['x'\]"),
+        (lambda: Mixer(None, 2), "mixer: got None"),
+        (lambda: Mixer("moh", 4, ["rotary"]), r"settings: got \['rotary'\]"),
+        (lambda: Mixer("moh", 4, None), "settings: got None"),
+        (lambda: within({"sliding-windows": {"size": 3}}), "did you mean sliding-window"),
+        (lambda: within({"sliding-window": {"width": 3}}), "argument of sliding-window: got 'width'"),
+        (lambda: within({"sliding-window": {}}), "within: got .*missing"),
+        (lambda: within({"sliding-window": {"size": 0}}), "size: got 0"),
+        (lambda: within({"sliding-window": 3}), "within: got 3"),
+        (lambda: within(["sliding-window"]), "within"),
+        (lambda: hybrid("retnet", "3:1", 4), "mixer: got 'retnet'"),
+        (lambda: hybrid(LINEAR, None, 4), "ratio: got None"),
+        (lambda: hybrid(LINEAR, 3, 4), "ratio: got 3"),
+        (lambda: hybrid(LINEAR, "3:1", 4, "multi-head-attention"), "full: got 'multi-head-attention'"),
+        (lambda: placed(LINEAR, 4, (LINEAR, 1)), "positions: got .* such as"),
+        (lambda: placed(LINEAR, 4, LINEAR), "positions: got Mixer"),
+        (lambda: placed("retnet", 4), "others: got 'retnet'"),
+        (lambda: placed(LINEAR, 4, ("retnet", (1,))), "positions: got 'retnet'"),
+        (lambda: CausalLMConfig(11, 16, LINEAR), "mixers: got .*allowed: a tuple"),
+        (lambda: CausalLMConfig(11, 16, (LINEAR,), eps="1"), "eps: got '1'"),
+        (lambda: CausalLMConfig(11, 16, (LINEAR,), eps=float("inf")), "eps: got inf"),
+        (lambda: share_lower_bounds([], 16), "gates: got none"),
+        (lambda: share_lower_bounds([LINEAR], 16), "gates: got Mixer"),
+        (lambda: share_lower_bounds([ForgetGate(0, 1, None)], 0), "width: got 0"),
+        (lambda: with_lower_bounds(8)(tokens(1, 3)), "width: got 8.*16"),
+        (lambda: load_model("nowhere", device="gpu"), "device: got 'gpu'"),
+        (lambda: load_model("nowhere", device="meta"), "device: got 'meta'"),
+        (lambda: load_model("nowhere", device="cuda:99"), "device: got 'cuda:99'"),
+        (lambda: load_model("nowhere", device=None), "device: got 'None'"),
     ],
 )
 def test_what_is_refused(ask: object, message: str) -> None:
@@ -254,6 +339,26 @@ def test_saving_leaves_two_files_and_keeps_the_dtype(saved: Path) -> None:
     assert load_model(saved).embedding.weight.dtype == torch.float64
     save_model(made().to(torch.bfloat16), saved)
     assert load_model(saved).norm.weight.dtype == torch.bfloat16
+
+
+def test_a_model_of_mixed_dtypes_is_loaded_as_it_was(tmp_path: Path) -> None:
+    model = made().to(torch.bfloat16)
+    model.norm.double()
+    save_model(model, tmp_path)
+    again = load_model(tmp_path).state_dict()
+    for name, held in model.state_dict().items():
+        assert again[name].dtype == held.dtype and torch.equal(again[name], held)
+
+
+def test_shared_lower_bounds_are_saved_once_and_shared_again(tmp_path: Path) -> None:
+    model, x = with_lower_bounds(), tokens(1, 5)
+    with torch.no_grad():
+        model.blocks[0].mixer.forget_gate.gamma.normal_()
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert len({id(block.mixer.forget_gate.gamma) for block in again.blocks}) == 1
+    assert len(list(again.parameters())) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def test_names_that_are_nothing_are_refused(tmp_path: Path, no_network: None) ->
         load("")
     with pytest.raises(ArgumentError, match="device: got 'cuda:99'"):
         load("smollm2", device="cuda:99")
+    with pytest.raises(ArgumentError, match="device: got 'gpu'"):
+        load("smollm2", device="gpu")
     with pytest.raises(ArgumentError, match="dtype: got 'int3'"):
         load("smollm2", dtype="int3")
 

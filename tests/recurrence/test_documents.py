@@ -115,6 +115,8 @@ def test_one_document_is_a_scan() -> None:
 @pytest.mark.parametrize(
     ("cu_seqlens", "message"),
     [
+        (None, "got None; allowed: ints"),
+        ("abc", "got 'abc'; allowed: ints"),
         ([0.0, 31.0], "got torch.float32 of shape"),
         ([[0, 31]], r"of shape \(1, 2\)"),
         ([0], r"of shape \(1,\); allowed: ints \(S \+ 1,\)"),
@@ -137,6 +139,8 @@ def test_a_batch_and_foreign_states_are_refused() -> None:
     two = DeltaInputs(*(torch.cat([x, x]) for x in inputs))
     with pytest.raises(ArgumentError, match=r"^inputs: got a batch of 2"):
         scan_documents(recurrence, two, BOUNDS)
+    with pytest.raises(ArgumentError, match=r"^inputs: got a tuple"):
+        scan_documents(recurrence, tuple(inputs), BOUNDS)  # type: ignore[type-var]
     with pytest.raises(ArgumentError, match=r"^states: got DiagonalState; allowed: DeltaState"):
         scan_documents(recurrence, inputs, BOUNDS, DiagonalState(states.s))
     with pytest.raises(ArgumentError, match=r"^states: got s \(3, 2, 4, 3\); allowed: s \(4, 2, 4, 3\)"):

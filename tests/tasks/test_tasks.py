@@ -12,7 +12,7 @@ from regard.errors import ArgumentError, UnknownNameError
 from regard.registry import entries
 from regard.tasks import TooShortError, parse
 from regard.tasks.frame import chat_frame
-from regard.tasks.sample import depth_of
+from regard.tasks.sample import depth_of, named
 from regard.tasks.text import Text, filler, long_text
 
 TASKS = ["needle", "multi-needle", "multi-needle(keys=4)", "recall", "perplexity", "perplexity(tokens=5,tail=3)"]
@@ -89,6 +89,8 @@ def test_filler_near_the_end_of_the_text_begins_earlier(tokenizer: object) -> No
         ("needle(digit=3)", "did you mean digits"),
         ("needle(digits=99)", "needle.digits: got 99; allowed: an integer from"),
         ("needle(digits=__import__)", "needle.digits"),
+        ("needle(digits=false)", "needle.digits: got 'false'; allowed: a number, True, False, None, a text in quotes"),
+        ("needle(digits=2,digits=3)", "needle.digits: got 2, then 3; allowed: one value"),
         ("needle(", "NAME or NAME"),
         ("perplexity(tokens=0)", "perplexity.tokens: got 0"),
     ],
@@ -98,6 +100,10 @@ def test_bad_names_are_refused(text: str, message: str) -> None:
         parse(text)
     with pytest.raises(UnknownNameError):
         parse("nothing")
+
+
+def test_values_may_hold_commas_in_brackets() -> None:
+    assert named("a(layout=(1, 2, 3), on=True,)", "x") == ("a", {"layout": (1, 2, 3), "on": True})
 
 
 def test_task_text_form_round_trips() -> None:

@@ -105,14 +105,15 @@ def test_ctrl_c_says_how_to_go_on(run: Any, tmp_path: Path, monkeypatch: pytest.
         return Line()
 
     monkeypatch.setattr(job, "progress_line", pressing)
-    code, told, _ = run(*TINY, *QUICK, "--out", str(tmp_path / "o"))
+    out = tmp_path / "with a space"
+    code, told, _ = run(*TINY, *QUICK, "--out", str(out))
     assert code == 130 and "Stopped after step 2 of model" in told
-    assert json.loads((tmp_path / "o" / "results.json").read_text())["interrupted"]
+    assert json.loads((out / "results.json").read_text())["interrupted"]
     monkeypatch.setattr(job, "progress_line", printed)
     (line,) = re.findall(r"Go on: regard train (.*)$", told, flags=re.MULTILINE)
     code, _, err = run(*shlex.split(line))
     assert code == 0, err
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
     assert [m["steps"] for m in results["models"]] == [4, 4] and not results["interrupted"]
 
 
@@ -129,6 +130,9 @@ def test_ctrl_c_says_how_to_go_on(run: Any, tmp_path: Path, monkeypatch: pytest.
         (("--steps", "0"), "steps: got 0"),
         (("--lr", "-1"), "lr: got -1"),
         (("--device", "tpu"), "device: got 'tpu'"),
+        (("--device", "meta"), "device: got 'meta'"),
+        (("--seed", "99999999999999999999"), "seed: got 99999999999999999999"),
+        (("--task", "mqar(length=64,pairs=4,length=32)"), "mqar.length: got 64, then 32; allowed: one value"),
         (("--resume",), "out: got None"),
         (("--resume", "--out", "nowhere"), "saved a checkpoint"),
         (("--resume", "--overwrite", "--out", "x"), "one of the two"),
@@ -143,6 +147,22 @@ def test_what_is_refused_is_one_line(
     assert code == 2 and message in err and "Traceback" not in err
     assert err.startswith("error: ") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mixer_that_cannot_be_made_is_named(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer does not check itself; without settings it would be the layer's own fault, and is shown whole."""
+
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(job, "CausalLM", broken)
+    words = (*TINY, "--mixer", "lightning-attention-2(chunk_size=4)", "--out", str(tmp_path / "o"))
+    code, _, err = run(*words)
+    assert code == 2 and "mixer: got 'lightning-attention-2(chunk_size=4)'" in err and "ZeroDivisionError" in err
+    assert not (tmp_path / "o").exists()
+    plain = RunSettings(TASK, "lightning-attention-2", "3:1", 2, 8)
+    with pytest.raises(ZeroDivisionError):
+        job.run(plain, tmp_path, machine={}, console=None)  # type: ignore[arg-type]
 
 
 def test_the_progress_line_on_a_terminal(tmp_path: Path) -> None:

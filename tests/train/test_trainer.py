@@ -211,7 +211,7 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     model = small()
     with torch.no_grad():
         model.norm.weight.fill_(float("nan"))
-    with pytest.raises(NotFiniteError, match="step 1 is nan"):
+    with pytest.raises(NotFiniteError, match=r"step 1 is nan: a lower learning rate \(--lr\) may help$"):
         train(model, Broken(), quick())
 
 
@@ -219,7 +219,13 @@ def test_another_run_s_checkpoint_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.safetensors"
     train(small(), TASK, quick(), save_to=file)
     for model, task, settings, name in (
-        (small("0:1"), TASK, quick(), "model"),
+        (
+            small("0:1"),
+            TASK,
+            quick(),
+            r"with layer 0=moh in 4 heads; .*=multi-head-attention\(rotary=True\) in 4 heads",
+        ),
+        (CausalLM(replace(small().config, dim=16)), TASK, quick(), "with dim=8; allowed: one with dim=16"),
         (small(), parse_training("mqar(length=8,pairs=1,vocab=10)"), quick(), "task"),
         (small(), TASK, quick(lr=1e-2), "lr=0.003"),
     ):
@@ -258,6 +264,7 @@ def test_spoilt_and_foreign_files_are_refused(tmp_path: Path) -> None:
         ({"decay": -0.1}, "decay"),
         ({"beta2": 1.0}, "beta2"),
         ({"batch": 2.5}, "batch"),
+        ({"seed": 10**20}, r"seed: got 1\d*; allowed: an int from 0 to"),
     ],
 )
 def test_settings_that_are_refused(change: dict[str, object], message: str) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, float64, nn, randn
 
 from regard.errors import require
 from regard.layers.base import Example
+from regard.layers.checks import from_zero, sizes
 from regard.layers.recurrent import Read, RecurrentLayer, RecurrentState, at_real_tokens, join_heads, split_heads
 from regard.recurrence import DiagonalInputs
 from regard.recurrence.diagonal import accumulation_dtype
@@ -40,7 +41,7 @@ class Based(RecurrentLayer):
     at least half the number of tokens; eps is added to it. The features are the compressed ones (153 for D' = 16).
 
     One of the three mixers of the Based stack; the others are multi-head-attention under sliding_window(64) & causal()
-    and base-conv, at about 20 % / 20 % / 60 % of the layers (`regard.models.stack.placed`).
+    (`Mixer(..., within=...)`) and base-conv, at about 20 % / 20 % / 60 % of the layers (`regard.models.stack.placed`).
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class Based(RecurrentLayer):
     ) -> None:
         super().__init__(dim, heads)
         require(dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
-        require(isinstance(feature_dim, int) and feature_dim >= 1, "feature_dim", feature_dim, "an int ≥ 1")
-        require(chunk_size >= 1, "chunk_size", chunk_size, "an int ≥ 1")
+        sizes(feature_dim=feature_dim, chunk_size=chunk_size)
+        from_zero("eps", eps)
         self.mixer: NormalisedLinearAttention = NormalisedLinearAttention(eps, chunk_size)
         self.feature_dim = feature_dim
         self.q_proj, self.k_proj = (nn.Linear(dim, heads * feature_dim, bias=False) for _ in range(2))

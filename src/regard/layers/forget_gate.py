@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from regard.errors import require
+from regard.layers.checks import from_zero, sizes
+from regard.patterns.algebra import at_least
 from regard.recurrence.diagonal import accumulation_dtype
 
 
@@ -31,10 +33,11 @@ class ForgetGate(nn.Module):
 
     def __init__(self, layer: int, layers: int, lower_bound: float | None) -> None:
         super().__init__()
-        require(layers >= 1, "layers", layers, "an int ≥ 1")
-        require(0 <= layer < layers, "layer", layer, f"0 … {layers - 1} (layers={layers})")
+        sizes(layers=layers)
+        at_least("layer", layer, 0)
+        require(layer < layers, "layer", layer, f"0 … {layers - 1} (layers={layers})")
         lower_bound = layer / layers if lower_bound is None else lower_bound
-        require(0 <= lower_bound < 1, "lower_bound", lower_bound, "0 ≤ lower_bound < 1")
+        from_zero("lower_bound", lower_bound, below=1.0)
         self.layer, self.layers, self.lower_bound = layer, layers, lower_bound
         self.gamma: nn.Parameter | None = None
 
@@ -51,6 +54,10 @@ class ForgetGate(nn.Module):
         """l, dtype and device those of z: a number, or (D,) where it is learned."""
         if self.gamma is None:
             return z.new_full((), self.lower_bound)
+        width = self.gamma.shape[1]
+        require(
+            width == z.shape[-1], "width", f"{width}, of the shared lower bounds", f"{z.shape[-1]}, the gate's channels"
+        )
         return lower_bounds(self.gamma.to(z.dtype))[self.layer]
 
     def extra_repr(self) -> str:
@@ -63,8 +70,13 @@ class ForgetGate(nn.Module):
 def share_lower_bounds(gates: Iterable[ForgetGate], width: int) -> nn.Parameter:
     """Give all gates of a model one learned Γ (layers, width), 0 at first, and return it: the papers' lower bounds.
 
-    width: how many channels a gate has. Each gate reads its own row's bound, so `layer` and `layers` have to be set."""
+    width: how many channels a gate has; another is refused when the gate is used. Each gate reads its own row's bound,
+    so `layer` and `layers` have to be set."""
     gates = list(gates)
+    require(len(gates) >= 1, "gates", "none", "one ForgetGate or more")
+    for gate in gates:
+        require(isinstance(gate, ForgetGate), "gates", type(gate).__name__, "ForgetGates")
+    require(isinstance(width, int) and width >= 1, "width", width, "an int ≥ 1")
     require(len({gate.layers for gate in gates}) == 1, "layers", [g.layers for g in gates], "the same for all gates")
     gamma = nn.Parameter(torch.zeros(gates[0].layers, width))
     for gate in gates:

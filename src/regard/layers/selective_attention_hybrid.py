@@ -63,7 +63,7 @@ class SelectiveAttentionHybrid(Layer):
         if rows is not None:
             sizes(rows=rows)
         if threshold is not None:
-            from_zero("threshold", threshold, below=1)
+            from_zero("threshold", threshold, below=1.0)
         from_zero("loss_weight", loss_weight)
         self.rows, self.threshold, self.loss_weight = rows, threshold, loss_weight
         self.attention = MultiHeadAttention(dim, heads, rotary=rotary)

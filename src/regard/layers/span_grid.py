@@ -73,7 +73,7 @@ class SpanGridAttention(Layer):
         super().__init__(dim, heads)
         require(dim % heads == 0 and dim // heads % 2 == 0, "heads", heads, f"one with dim={dim} / heads even")
         at_least("reach", reach, 0)
-        from_zero("dropout", dropout, below=1)
+        from_zero("dropout", dropout, below=1.0)
         flags(swapped=swapped)
         self.reach, self.swapped = reach, swapped
         self.side = nn.Parameter(torch.randn(2, dim) * 0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.nn.functional import linear, silu
 from regard.errors import ArgumentError, UnsupportedError, require
 from regard.layers.base import Output
 from regard.models.config import CausalLMConfig
+from regard.shapes import check_range
 
 
 class LMState(NamedTuple):
@@ -95,7 +97,7 @@ class CausalLM(nn.Module):
 
         tokens (B, N) long, below vocab. state: what the call before returned; tokens are then those that follow.
         key_padding (B, N) bool, True = real token, on either side; logits at padding mean nothing.
-        Raises ArgumentError for a wrong shape or type, or another model's state.
+        Raises ArgumentError for a wrong shape or type, or another model's state; on a CPU for a token out of range.
         """
         mixed = self.hidden(tokens, state, key_padding=key_padding)
         return LMOutput(self.read(mixed.out), mixed.state, mixed.aux)
@@ -136,9 +138,15 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens: Tensor, state: LMState | None = None, *, key_padding: Tensor | None = None) -> Output:
         """`forward` without the head: out (B, N, C) of the last block. `read` makes logits of those rows one wants."""
+        if not isinstance(tokens, Tensor):
+            raise ArgumentError("tokens", type(tokens).__name__, "a tensor (B, N) of integers, N ≥ 1")
         whole = tokens.dtype in (torch.long, torch.int) and tokens.ndim == 2 and tokens.shape[1] >= 1
         require(whole, "tokens", f"{tuple(tokens.shape)} {tokens.dtype}", "(B, N) integers, N ≥ 1")
-        x = self.embedding(tokens) * self.config.dim**0.5
+        try:
+            x = self.embedding(tokens) * self.config.dim**0.5
+        except IndexError:  # on a CPU; looking at the tokens of a GPU would wait for it
+            check_range("tokens", tokens, 0, self.config.vocab - 1)
+            raise
         states, aux = [], []
         for block, before in zip(self.blocks, self._states(state), strict=True):
             x, after, more = block(x, key_padding, before)
@@ -168,22 +176,29 @@ def greedy(logits: Tensor) -> Tensor:
 class Sampler:
     """(B, V) → (B,): drawn from softmax(logits / temperature), of the `top_k` likeliest tokens only (None = all).
 
+    Where tokens tie for the last of the `top_k` places, which of them it is for is not specified.
     generator: on the device of the logits; the same state of it draws the same tokens.
     """
 
     def __init__(
         self, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
     ) -> None:
-        require(temperature > 0, "temperature", temperature, "a number above 0; `greedy` is its limit")
-        require(top_k is None or top_k >= 1, "top_k", top_k, "an int ≥ 1, or None")
+        above = isinstance(temperature, (int, float)) and 0 < temperature < math.inf
+        require(above, "temperature", repr(temperature), "a number above 0; `greedy` is its limit")
+        require(top_k is None or (isinstance(top_k, int) and top_k >= 1), "top_k", repr(top_k), "an int ≥ 1, or None")
+        known = generator is None or isinstance(generator, torch.Generator)
+        require(known, "generator", repr(generator), "a torch.Generator, or None")
         self.temperature, self.top_k, self.generator = temperature, top_k, generator
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Draw one token a row."""
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, -1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, float("-inf"))
-        shares = torch.softmax(logits.float() / self.temperature, -1)
+            kept = logits.topk(self.top_k, -1)
+            logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
+        logits = logits.float()
+        # From the largest one down nothing overflows; nor does one over the smallest normal number.
+        below = logits - logits.amax(-1, keepdim=True)
+        shares = torch.softmax(below / max(self.temperature, torch.finfo(torch.float32).tiny), -1)
         return torch.multinomial(shares, 1, generator=self.generator)[:, 0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +17,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CausalLMConfig:
-    """vocab: how many tokens. dim: the width. mixers: one a layer, see `regard.models.stack`.
+    """vocab: how many tokens. dim: the width. mixers: a tuple (or list) of one a layer, see `regard.models.stack`.
 
     mlp_width: inner width of the SwiGLU MLP; None = 8/3·dim, rounded up to a multiple of 8; 0 = blocks without one.
     tied: the head's weights are the embedding's. eps: of the RMSNorms.
@@ -36,9 +37,13 @@ class CausalLMConfig:
         fits = self.mlp_width is None or (isinstance(self.mlp_width, int) and self.mlp_width >= 0)
         require(fits, "mlp_width", self.mlp_width, "an int ≥ 0, or None")
         require(isinstance(self.tied, bool), "tied", repr(self.tied), "True or False")
-        require(isinstance(self.eps, float) and self.eps > 0, "eps", self.eps, "a number above 0")
-        sound = isinstance(self.mixers, tuple) and len(self.mixers) >= 1
-        require(sound and all(isinstance(m, Mixer) for m in self.mixers), "mixers", self.mixers, "one Mixer or more")
+        above = isinstance(self.eps, (int, float)) and 0 < self.eps < math.inf
+        require(above, "eps", repr(self.eps), "a number above 0")
+        object.__setattr__(self, "eps", float(self.eps))
+        sound = isinstance(self.mixers, (tuple, list)) and len(self.mixers) >= 1
+        sound = sound and all(isinstance(m, Mixer) for m in self.mixers)
+        require(sound, "mixers", self.mixers, "a tuple of one Mixer or more")
+        object.__setattr__(self, "mixers", tuple(self.mixers))
 
     @property
     def inner(self) -> int:
@@ -53,14 +58,14 @@ class CausalLMConfig:
     def to_json(self) -> str:
         """As text. Raises ArgumentError where a mixer's setting is nothing that JSON holds exactly."""
         told: dict[str, Any] = {"regard_causal_lm": FORMAT, **asdict(self)}
-        told["mixers"] = [{"key": m.key, "heads": m.heads, "settings": dict(m.settings)} for m in self.mixers]
+        told["mixers"] = [_told(m) for m in self.mixers]
         allowed = "numbers, texts, lists and None"
         try:
             text = json.dumps(told, indent=1, allow_nan=False)
         except (TypeError, ValueError) as error:
             require(False, "settings", error, allowed)
         for mixer, again in zip(self.mixers, json.loads(text)["mixers"], strict=True):
-            require(again["settings"] == dict(mixer.settings), "settings", mixer.settings, allowed)
+            require(again == _told(mixer), "settings", _told(mixer), allowed)
         return text
 
     @classmethod
@@ -80,7 +85,13 @@ class CausalLMConfig:
             odd = ", ".join(sorted(set(values) ^ names))
             raise CheckpointError(f"{source}: {odd}: missing, or unknown to this regard")
         try:
-            values["mixers"] = tuple(Mixer(m["key"], m["heads"], m["settings"]) for m in values["mixers"])
+            values["mixers"] = tuple(Mixer(**m) for m in values["mixers"])
             return cls(**values)
         except (RegardError, TypeError, KeyError) as error:
             raise CheckpointError(f"{source}: {error}") from error
+
+
+def _told(mixer: Mixer) -> dict[str, Any]:
+    """A mixer as JSON has it; `within` only where there is something, so that older files stay what they are."""
+    told = {"key": mixer.key, "heads": mixer.heads, "settings": dict(mixer.settings)}
+    return {**told, "within": {key: dict(of) for key, of in mixer.within.items()}} if mixer.within else told

@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from regard.errors import ArgumentError, RegardError, UnknownNameError, UnsupportedError
+from regard.models.device import device_here
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,7 @@ def load(
     three, UnsupportedError when the package behind an alias is missing, ArgumentError when a folder holds no model or
     the device is not there.
     """
-    place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        there = f"cpu, or one of the {torch.cuda.device_count()} CUDA devices here"
-        raise ArgumentError("device", repr(str(place)), there if torch.cuda.device_count() else "cpu: CUDA is not here")
+    place = device_here(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     wanted: torch.dtype | str = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else "auto")
     if isinstance(wanted, str) and wanted != "auto":
         wanted = _dtype(wanted)

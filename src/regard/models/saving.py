@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from regard.errors import ArgumentError, CheckpointError
 from regard.models.causal_lm import CausalLM
 from regard.models.config import CausalLMConfig
+from regard.models.device import device_here
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -19,14 +22,19 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save_model(model: CausalLM, folder: str | os.PathLike[str]) -> None:
     """Write the model into `folder`, made if it does not exist; each file is replaced only when it is whole.
 
+    A parameter that several modules share (`share_lower_bounds`) is written once, and shared again when loaded.
     Raises ArgumentError when it cannot be written, or a mixer's settings do not fit into JSON.
     """
     target, config = Path(folder), model.config.to_json()
-    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    own: dict[int, str] = {}  # of each parameter, the first name
+    held = model.state_dict(keep_vars=True)
+    shared = {name: first for name, t in held.items() if (first := own.setdefault(id(t), name)) != name}
+    weights = {name: t.detach().cpu().contiguous() for name, t in held.items() if name not in shared}
+    about = {"format": "pt", "regard_causal_lm": model.fingerprint} | ({"shared": json.dumps(shared)} if shared else {})
     parts = {name: target / f".{name}.part" for name in (WEIGHTS, CONFIG)}
     try:
         target.mkdir(parents=True, exist_ok=True)
-        save_file(weights, parts[WEIGHTS], metadata={"format": "pt", "regard_causal_lm": model.fingerprint})
+        save_file(weights, parts[WEIGHTS], metadata=about)
         parts[CONFIG].write_text(config + "\n", encoding="utf-8")
         for name, part in parts.items():
             os.replace(part, target / name)
@@ -35,11 +43,12 @@ def save_model(model: CausalLM, folder: str | os.PathLike[str]) -> None:
 
 
 def load_model(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> CausalLM:
-    """The model that `save_model` wrote, in `eval()`.
+    """The model that `save_model` wrote, in `eval()`: every parameter in the dtype that it had.
 
-    Raises ArgumentError when there is none, CheckpointError when a file is corrupted, foreign, or not of the other.
+    Raises ArgumentError when there is none, or no such device, CheckpointError when a file is corrupted, foreign, or
+    not of the other.
     """
-    source = Path(folder)
+    source, place = Path(folder), device_here(device)
     for name in (CONFIG, WEIGHTS):
         if not (source / name).is_file():
             raise ArgumentError("folder", repr(str(source)), f"a saved model: a folder with {CONFIG} and {WEIGHTS}")
@@ -49,20 +58,36 @@ def load_model(folder: str | os.PathLike[str], device: str | torch.device = "cpu
         raise CheckpointError(f"{source / CONFIG} cannot be read: {error}") from error
     try:
         with safe_open(source / WEIGHTS, framework="pt", device="cpu") as file:
-            written_for = (file.metadata() or {}).get("regard_causal_lm")
+            about = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{source / WEIGHTS} is not a safetensors file, or a part of one: {error}") from error
     config = CausalLMConfig.from_json(text, source / CONFIG)
-    if written_for != config.fingerprint:
+    if about.get("regard_causal_lm") != config.fingerprint:
         raise CheckpointError(f"{source}: {WEIGHTS} was not written with this {CONFIG}: one of them was replaced")
     model = CausalLM(config)
     try:
+        _share(model, weights, json.loads(about.get("shared", "{}")))
         model.load_state_dict(weights)
-    except RuntimeError as error:
+        for name, held in model.state_dict(keep_vars=True).items():
+            if weights[name].is_floating_point():
+                held.data = held.data.to(weights[name].dtype)
+        model.load_state_dict(weights)  # again, unrounded
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{source / WEIGHTS}: {error}") from error
-    kept = {weights[name].dtype for name in weights if weights[name].is_floating_point()}
-    if len(kept) == 1:
-        model = model.to(kept.pop())
-        model.load_state_dict(weights)
-    return model.to(device).eval()
+    return model.to(place).eval()
+
+
+def _share(model: CausalLM, weights: dict[str, Tensor], shared: dict[str, str]) -> None:
+    """Give one parameter to all modules that shared it, and to `weights` all its names; shared: name → the one held."""
+    for name, first in shared.items():
+        weights[name] = weights[first]
+        (module, leaf), (owner, held) = (_place(model, each) for each in (name, first))
+        if getattr(owner, held) is None:  # nothing is shared before somebody says so
+            setattr(owner, held, nn.Parameter(weights[first].clone()))
+        setattr(module, leaf, getattr(owner, held))
+
+
+def _place(model: CausalLM, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf

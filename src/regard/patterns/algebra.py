@@ -1,9 +1,8 @@
 """Patterns: who may attend to whom, known before any content is seen, and their algebra `&`, `|`, `~`.
 
 A pattern is a frozen dataclass. Its plain fields are its *structure*: they alone decide equality, hash and repr, so a
-compiled kernel is found again when only ids or tables differ. Tensor fields are declared
-`field(compare=False, repr=False)`. Whoever stores something that depends on the
-tensors must therefore not use the pattern alone as its key.
+compiled kernel is found again when only ids or tables differ. Tensor fields are declared `field(compare=False,
+repr=False)`. Whoever stores something that depends on the tensors must not use the pattern alone as its key.
 """
 
 from __future__ import annotations
@@ -109,17 +108,14 @@ class Pattern:
 
     @property
     def laid_for(self) -> int | None:
-        """The only number of positions that makes sense (a grid's, where the borders are), or None for any up to
-        `extent`: beside `causal()` a grid may still be growing."""
+        """The only number of positions that makes sense (a grid's), or None: beside `causal()` a grid may grow."""
         known = [p.laid_for for p in self.parts()]
         return min((n for n in known if n is not None), default=None)
 
-    def _layout_said(self) -> str:
-        """The layout in words, for errors."""
-        return ""
+    causal = False  # is it known to show no query a later key?
 
-    causal = False
-    """Is it known to show no query a later key?"""
+    def _layout_said(self) -> str:
+        return ""
 
     def bind(self, n: int) -> Pattern:
         """The pattern for a prompt of n real tokens: what depends on n is fixed. Raises ArgumentError."""
@@ -277,8 +273,7 @@ class Pattern:
     ) -> Cost:
         """How much work the pattern is: entries and tiles, counted exactly. Positions as in `dense`.
 
-        Looks into every PARTIAL tile: at 131,072 positions half a minute or more where most tiles are (`block_map`
-        alone takes milliseconds)."""
+        Looks into every PARTIAL tile: with many, half a minute and more at 131,072 positions."""
         at_least("head_dim", head_dim, 1)
         p, grid = self._laid_out(n, m, block, q_offset, device, batch, heads)
         return measure_cost(p, grid, heads=p.heads or heads or 1, batch=p.rows or batch or 1, head_dim=head_dim)

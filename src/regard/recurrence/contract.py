@@ -11,6 +11,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 from torch import Tensor
 
+from regard.errors import ArgumentError
+
 
 class TokenInputs(Protocol):
     """What a recurrence reads. A NamedTuple of tensors that knows its own time axis.
@@ -34,7 +36,8 @@ class Recurrence(Protocol[Inputs, State]):
 
     Where the chunk is part of the model, not only of the algorithm, the open chunk lives in the state, so that
     step = scan holds all the same. States are held in at least float32. The time axis of one token is kept (length 1),
-    in what `step` takes and in what it returns.
+    in what `step` takes and in what it returns. Outputs come back in the dtype of the values, so it is a floating-point
+    one. What does not fit is an ArgumentError.
     """
 
     def init(self, inputs: Inputs) -> State:
@@ -56,3 +59,22 @@ class Mixer(Protocol[Inputs]):
     def mix(self, inputs: Inputs) -> Tensor:
         """All tokens → all outputs."""
         ...
+
+
+def check_one_token(inputs: TokenInputs) -> None:
+    """Raise ArgumentError unless the inputs hold one token, as `step` takes them. Their shapes have been checked."""
+    if inputs.length != 1:
+        raise ArgumentError("inputs", f"{inputs.length} tokens", "one token in a step; `scan` takes any number")
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raise ArgumentError unless the state is of the kind that the recurrence returns."""
+    if not isinstance(state, kind):
+        raise ArgumentError("state", type(state).__name__, f"a {kind.__name__}, as `init` makes it")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raise ArgumentError naming the first that is not of a floating-point dtype."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise ArgumentError(name, x.dtype, "a floating-point dtype")

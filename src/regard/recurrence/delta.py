@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
+from regard.recurrence.contract import check_floating
 from regard.recurrence.decay import between, from_start, to_end
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.recurrence.precision import outside_autocast
@@ -148,6 +149,7 @@ def check(
     """The decay with three axes, or None. Raises ArgumentError naming the tensor whose shape does not fit.
 
     Values are not checked (that would wait for the device)."""
+    check_floating(q=q, k=k, v=v)
     require(q.ndim == 4, "q", tuple(q.shape), "(B, H, N, Dk)")
     batch, heads, n, dim = q.shape
     require(k.shape == q.shape, "k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}")

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from regard.errors import UnsupportedError, require
+from regard.errors import ArgumentError, UnsupportedError, require
 from regard.recurrence.contract import Inputs, Recurrence, State
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -40,6 +40,8 @@ def scan_documents(
     One scan per document, unless the recurrence brings its own `scan_documents` (`PackedRecurrence`). Where cu_seqlens
     lies on a device, checking it waits for the device. Raises ArgumentError naming cu_seqlens, inputs or states;
     UnsupportedError where the states of two documents differ in shape (an open chunk)."""
+    known = isinstance(getattr(inputs, "length", None), int)
+    require(known, "inputs", f"a {type(inputs).__name__}", "the recurrence's own NamedTuple, such as DiagonalInputs")
     bounds = boundaries(cu_seqlens, inputs.length)
     one = recurrence.init(inputs)
     batch = one[0].shape[0]
@@ -70,10 +72,14 @@ def one_by_one(
 
 def boundaries(cu_seqlens: Tensor | Sequence[int], length: int) -> list[int]:
     """cu_seqlens as checked ints: from 0, strictly ascending, to `length`. Raises ArgumentError saying which fails."""
-    bounds = torch.as_tensor(cu_seqlens)
+    allowed = "ints (S + 1,), S ≥ 1 documents"
+    try:
+        bounds = torch.as_tensor(cu_seqlens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError("cu_seqlens", repr(cu_seqlens), allowed) from error
     kind = f"{bounds.dtype} of shape {tuple(bounds.shape)}"
     fits = bounds.dtype in INTEGERS and bounds.ndim == 1 and len(bounds) >= 2
-    require(fits, "cu_seqlens", kind, "ints (S + 1,), S ≥ 1 documents")
+    require(fits, "cu_seqlens", kind, allowed)
     values: list[int] = bounds.tolist()
     require(values[0] == 0, "cu_seqlens", f"first entry {values[0]}", "first entry 0")
     for i, (a, b) in enumerate(pairwise(values), start=1):

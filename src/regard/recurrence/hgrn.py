@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
+from regard.recurrence.contract import check_floating, check_one_token, check_state
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.registry import Paper, register
 
@@ -55,6 +56,7 @@ class HGRN:
     def step(self, state: HGRNState, inputs: HGRNInputs) -> tuple[HGRNState, Tensor]:
         """One token, inputs of length 1."""
         f, u, h = _prepare(inputs, state)
+        check_one_token(inputs)
         out = f * h[:, :, None] + u
         return HGRNState(out[:, :, 0]), out.to(inputs.u.dtype)
 
@@ -86,8 +88,10 @@ def prefixes(f: Tensor, u: Tensor) -> Tensor:
 def _prepare(inputs: HGRNInputs, state: HGRNState) -> tuple[Tensor, Tensor, Tensor]:
     """f, u and h in the accumulation dtype. Raises ArgumentError naming the tensor."""
     u, g = inputs
+    check_floating(u=u)
     require(u.ndim == 4, "u", tuple(u.shape), "(B, H, N, D)")
     require(g.shape == u.shape, "log_decay", tuple(g.shape), f"the shape of u, {tuple(u.shape)}")
+    check_state(state, HGRNState)
     wanted = (*u.shape[:2], u.shape[3])
     require(state.h.shape == wanted, "state", tuple(state.h.shape), f"{wanted}: (B, H, D)")
     dtype = accumulation_dtype(u)

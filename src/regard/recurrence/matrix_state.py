@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from regard.recurrence.contract import check_one_token, check_state
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.recurrence.documents import one_by_one
 from regard.recurrence.executor import Executor, fused, needs_gradient, refuses, without_triton
@@ -50,6 +51,8 @@ class MatrixRecurrence:
 
     def step(self, state: Any, inputs: Any) -> tuple[Any, Tensor]:
         """One token, inputs of length 1."""
+        check_state(state, self.state)
+        check_one_token(inputs)
         if not self._fused(inputs):
             out, s = self.token(inputs, state.s)
         elif needs_gradient(*inputs, state.s):
@@ -60,7 +63,10 @@ class MatrixRecurrence:
 
     def scan(self, inputs: Any, state: Any = None) -> tuple[Tensor, Any]:
         """The kernels, or the chunked form. Returns (out (B, H, N, Dv) in v's dtype, final state)."""
-        s = None if state is None else state.s
+        s = None
+        if state is not None:
+            check_state(state, self.state)
+            s = state.s
         out, s = self.kernels(inputs, s, None) if self._fused(inputs) else self.chunks(inputs, s)
         return out, self.state(s)
 

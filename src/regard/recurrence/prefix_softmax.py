@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
+from regard.recurrence.contract import check_floating, check_one_token, check_state
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.registry import Paper, register
 
@@ -118,6 +119,7 @@ def chunked(
 
 def empty_state(scores: Tensor, v: Tensor) -> SoftmaxState:
     """The identity of `merge`, (−∞, 0, 0), for scores (B, H, N) and v (B, H, N, Dv). Raises for other shapes."""
+    check_floating(scores=scores, v=v)
     require(v.ndim == 4, "v", tuple(v.shape), "(B, H, N, Dv)")
     require(scores.shape == v.shape[:3], "scores", tuple(scores.shape), f"{tuple(v.shape[:3])}: (B, H, N)")
     w = torch.zeros(*v.shape[:2], v.shape[3], dtype=accumulation_dtype(scores, v), device=v.device)
@@ -181,7 +183,9 @@ class PrefixSoftmax:
 
     def step(self, state: SoftmaxState, inputs: PrefixInputs) -> tuple[SoftmaxState, Tensor]:
         """One token, inputs of length 1."""
-        out, state = recurrent(inputs.scores, inputs.v, self._checked(inputs, state))
+        state = self._checked(inputs, state)
+        check_one_token(inputs)
+        out, state = recurrent(inputs.scores, inputs.v, state)
         return state, out
 
     def scan(self, inputs: PrefixInputs, state: SoftmaxState | None = None) -> tuple[Tensor, SoftmaxState]:
@@ -192,6 +196,7 @@ class PrefixSoftmax:
         start = self.init(inputs)
         if state is None:
             return start
+        check_state(state, SoftmaxState)
         shapes = [tuple(x.shape) for x in state]
         wanted = [tuple(x.shape) for x in start]
         require(shapes == wanted, "state", shapes, f"{wanted}: m and u (B, H), w (B, H, Dv)")

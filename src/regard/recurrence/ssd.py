@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
+from regard.recurrence.contract import check_floating
 from regard.recurrence.diagonal_decay import DiagonalDecay, DiagonalInputs, DiagonalState
 from regard.recurrence.dsf import LinearSystem, linear_system
 from regard.registry import Paper, register
@@ -72,6 +73,7 @@ class SSD:
 def _normal(inputs: SSDInputs) -> DiagonalInputs:
     """As the diagonal-decay executor reads it. Raises ArgumentError naming the tensor."""
     x, dt, g, b, c, skip = inputs
+    check_floating(x=x, b=b, c=c)
     require(x.ndim == 4, "x", tuple(x.shape), "(B, H, N, P)")
     batch, heads, n, _ = x.shape
     for name, tensor in (("dt", dt), ("log_decay", g)):

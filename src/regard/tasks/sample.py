@@ -96,13 +96,28 @@ def named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
     if found is None:
         raise ArgumentError(argument, repr(text), "NAME or NAME(key=value, …)")
     settings: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in (found[2] or "").split(","))):
+    for item in items_of(found[2] or ""):
         key, _, value = (part.strip() for part in item.partition("="))
+        setting = f"{found[1]}.{key}"
+        if key in settings:
+            raise ArgumentError(setting, f"{settings[key]!r}, then {value}", "one value")
         try:
             settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise ArgumentError(f"{found[1]}.{key}", repr(value), "a number") from error
+        except (ValueError, SyntaxError, TypeError) as error:
+            allowed = "a number, True, False, None, a text in quotes, or a list or tuple of these"
+            raise ArgumentError(setting, repr(value), allowed) from error
     return found[1], settings
+
+
+def items_of(text: str) -> tuple[str, ...]:
+    """Split at commas that stand in no bracket; items are stripped, and empty ones left out."""
+    items, depth, start = [], 0, 0
+    for at, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            items.append(text[start:at])
+            start = at + 1
+    return tuple(item.strip() for item in [*items, text[start:]] if item.strip())
 
 
 def text_form(task: Any) -> str:

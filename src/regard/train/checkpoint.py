@@ -5,6 +5,7 @@ One file, replaced only when the next one is whole: a run killed at any moment l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,12 +91,24 @@ def load(path: Path, model: CausalLM, optimizer: AdamW, batches: torch.Generator
 
 
 def describe(model: CausalLM, task: object, settings: TrainSettings) -> dict[str, Any]:
-    """What a checkpoint belongs to."""
-    return {"model": model.fingerprint, "task": str(task), "settings": asdict(settings)}
+    """What a checkpoint belongs to. parts: what the model's fingerprint is of, so that a difference can be named."""
+    parts = json.loads(model.config.to_json())
+    mixers = parts.pop("mixers")
+    parts = {"layers": len(mixers), **parts, **{f"layer {i}": _words(mixer) for i, mixer in enumerate(mixers)}}
+    return {"task": str(task), "model": model.fingerprint, "parts": parts, "settings": asdict(settings)}
+
+
+def _words(mixer: Mapping[str, Any]) -> str:
+    """`moh(top_k=2) in 4 heads`, of a mixer as the configuration's JSON has it."""
+    given = {**mixer["settings"], **({"within": mixer["within"]} if "within" in mixer else {})}
+    inner = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return f"{mixer['key']}{f'({inner})' if inner else ''} in {mixer['heads']} heads"
 
 
 def _check_same(path: Path, was: Any, now: Mapping[str, Any]) -> None:
-    flat_was, flat_now = _flat(was if isinstance(was, dict) else {}), _flat(now)
+    was = was if isinstance(was, dict) else {}
+    parts = isinstance(was.get("parts"), dict)  # older files have none
+    flat_was, flat_now = _flat(was, parts), _flat(now, parts)
     for name in flat_was | flat_now:
         if name not in FREE and flat_was.get(name) != flat_now.get(name):
             raise ArgumentError(
@@ -103,10 +116,12 @@ def _check_same(path: Path, was: Any, now: Mapping[str, Any]) -> None:
             )
 
 
-def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(about: Mapping[str, Any], parts: bool) -> dict[str, Any]:
+    """Everything by name: the task, since it brings the vocabulary, then what the model is made of, then the rest."""
     settings = about.get("settings")
-    rest = {name: value for name, value in about.items() if name != "settings"}
-    return {**rest, **(settings if isinstance(settings, dict) else {})}
+    made = about["parts"] if parts else {}
+    told = {"task": about.get("task"), **made, "model": about.get("model")}
+    return {**told, **(settings if isinstance(settings, dict) else {})}
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regard.errors import ArgumentError, require
+from regard.errors import ArgumentError, RegardError, require
 from regard.models.causal_lm import CausalLM, CausalLMConfig, held_bytes
+from regard.models.device import device_here
 from regard.models.saving import save_model
 from regard.models.stack import FULL, Mixer, full_attention, hybrid
 from regard.tasks.sample import named
@@ -122,7 +123,8 @@ def run(
         require(bool(begun), "out", str(out), "with --resume, the folder of a run that has saved a checkpoint")
     elif begun and not overwrite:
         raise ArgumentError("out", f"{out}, which holds a run", "another folder, or --resume, or --overwrite")
-    models = {name: _built(config, settings) for name, config in settings.configs.items()}  # errors before any folder
+    # Built here, so that errors come before any folder.
+    models = {name: _built(name, config, settings) for name, config in settings.configs.items()}
     for old in () if resume else begun:
         old.unlink()
     for name, model in models.items():
@@ -144,13 +146,7 @@ def run(
 
 def device_of(settings: RunSettings) -> torch.device:
     """The device asked for. Raises ArgumentError where torch has none of that name here."""
-    try:
-        device = torch.device(settings.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ArgumentError("device", repr(settings.device), f"a device that torch has here ({reason})") from error
-    return device
+    return device_here(settings.device)
 
 
 def to_json(outcome: Outcome, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,9 +228,17 @@ def _result(name: str, model: CausalLM, task: TrainingTask, trained: Trained) ->
     return ModelResult(name, tuple(m.key for m in model.config.mixers), count, held, trained)
 
 
-def _built(config: CausalLMConfig, settings: RunSettings) -> CausalLM:
+def _built(name: str, config: CausalLMConfig, settings: RunSettings) -> CausalLM:
     torch.manual_seed(settings.training.seed)
-    return CausalLM(config)
+    try:
+        return CausalLM(config)
+    except RegardError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        if name != MODEL or not named(settings.mixer, "mixer")[1]:
+            raise  # it is not for what was asked of the mixer
+        allowed = f"settings that the layer can be made with ({type(error).__name__}: {error})"
+        raise ArgumentError("mixer", repr(settings.mixer), allowed) from error
 
 
 def _folder(path: Path) -> Path:

@@ -37,9 +37,9 @@ class TrainSettings:
         for name in ("steps", "batch", "evaluate_every", "held_out", "save_every"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, name, value, "an int ≥ 1")
-        for name in ("warmup", "seed"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 0, name, value, "an int ≥ 0")
+        require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "an int ≥ 0")
+        seeds = isinstance(self.seed, int) and 0 <= self.seed < 2**63
+        require(seeds, "seed", self.seed, "an int from 0 to 2**63 - 1")
         for name in ("lr", "clip"):
             value = getattr(self, name)
             require(0 < value < math.inf, name, value, "a number above 0")

@@ -113,7 +113,7 @@ def _step(
     loss = cross_entropy(logits, labels)
     found = float(loss.detach())
     if not math.isfinite(found):
-        raise NotFiniteError(f"the loss of step {step + 1} is {found}: a lower --lr, or a longer --warmup, may help")
+        raise NotFiniteError(f"the loss of step {step + 1} is {found}: a lower learning rate (--lr) may help")
     (loss + _added("loss", aux, loss) + settings.auxiliary * _added("load_balance", aux, loss)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     for group in optimizer.param_groups:
