@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -135,6 +136,46 @@ def test_tiles_ahead_of_each_run(name: str) -> None:
             assert next(found) == met
             met += int(lists.count[r])
     assert next(found, None) is None
+
+
+TERMS = """
+import torch
+from regard.kernels.hopper.backward_keys import add_pieces
+from regard.kernels.hopper.block_sparse import row_terms
+batch, heads, n, padded, dim = 2, 3, 100, 128, 64
+out, dout = torch.randn(batch, heads, n, dim), torch.randn(batch, n, heads, dim).transpose(1, 2)
+lse, dlse = torch.randn(batch, heads, n), torch.randn(batch, heads, n)
+lse[0, 1, 5] = -torch.inf
+base, delta = (torch.full((batch * heads, padded), torch.nan) for _ in range(2))
+row_terms[(padded // 64 * batch * heads,)](
+    out, dout, dlse, lse, base, delta, *out.stride()[:3], *dout.stride()[:3], n, padded, heads, ROWS=64, DV=dim,
+    HAS_DLSE=True,
+)
+blind = lse.isneginf()
+torch.testing.assert_close(delta[:, :n], (dlse - (out * dout).sum(-1)).flatten(0, 1), rtol=1e-5, atol=1e-5)
+torch.testing.assert_close(base[:, :n], (-lse * 1.4426950408889634).masked_fill(blind, -torch.inf).flatten(0, 1))
+assert base[:, n:].isneginf().all() and (delta[:, n:] == 0).all()
+pieces, m, kv_heads, blocks = torch.randn(5, 128, dim + 32), 150, 2, 2
+dk, dv = torch.full((batch, kv_heads, m, dim), torch.nan), torch.full((batch, kv_heads, m, 32), torch.nan)
+cuts = torch.tensor([[1, 0, 2], [2 * 3 + 0, 2, 5]], dtype=torch.int32)  # of key head 0 block 1; of key head 3 block 0
+add_pieces[(2, 4)](
+    pieces, cuts, dk, dv, *dk.stride()[:3], *dv.stride()[:3], m, kv_heads, blocks, BN=128, ROWS=32, D=dim, DV=32
+)
+for (b, h, rows), parts in (((0, 0, slice(128, 150)), pieces[:2]), ((1, 1, slice(0, 128)), pieces[2:])):
+    want = parts.sum(0)[: rows.stop - rows.start]
+    torch.testing.assert_close(dk[b, h, rows], want[:, :dim])
+    torch.testing.assert_close(dv[b, h, rows], want[:, dim:])
+assert dk.isnan().all(-1).sum() == batch * kv_heads * m - 22 - 128
+print("agree")
+"""
+
+
+@triton
+def test_row_terms_and_sums_of_pieces() -> None:
+    """The parts that are plain Triton, in its interpreter."""
+    environment = dict(os.environ, TRITON_INTERPRET="1")
+    done = subprocess.run([sys.executable, "-c", TERMS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "agree", done.stderr[-2000:]
 
 
 def test_it_says_why_it_does_not_serve() -> None:
