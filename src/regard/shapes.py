@@ -34,8 +34,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ArgumentError(name, type(x).__name__, "a tensor")
         if x.ndim != 4:
             raise ArgumentError(name, shape(x), "four dimensions (batch, heads, length, width)")
-        if not x.is_floating_point():
-            raise ArgumentError(name, x.dtype, "a floating-point dtype")
+        if not x.is_floating_point() or x.element_size() < 2:  # a float8 has no arithmetic of its own
+            raise ArgumentError(name, x.dtype, "a floating-point dtype: float16, bfloat16, float32 or float64")
         if x.shape[1] == 0 or x.shape[3] == 0:
             raise ArgumentError(name, shape(x), "at least one head of width at least 1")
         if x.dtype != q.dtype:

@@ -149,6 +149,7 @@ def test_ids_changed_in_place_are_noticed(make: Callable[[torch.Tensor], Pattern
         (lambda: attend(Q, Q, Q, scale=torch.ones(2)), "scale"),
         (lambda: attend(Q, Q, Q, softcap="x"), "softcap"),
         (lambda: attend(Q, Q, Q, score=3), "score"),
+        (lambda: attend(*(Q.to(torch.float8_e5m2),) * 3), "q"),
         (lambda: attend(Q, Q, Q, pattern=type(causal())), "pattern"),
     ],
 )
