@@ -193,7 +193,7 @@ def _step(
     k, v, q_smem, d_smem, base_smem, delta_smem, full, free, slot, phase, dk, dv, scale, words,
     MASK: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Add one tile."""
+    """Add one tile; no product is in flight when it ends (see `parts`)."""
     q = q_smem.index(slot).reshape([BM, D])
     d = d_smem.index(slot).reshape([BM, DV])
     zero = gl.zeros([64, BM], gl.float32, product(BM))

@@ -140,7 +140,7 @@ def _step(
     q, d, k_smem, v_smem, full, free, slot, phase, dq, base, delta, scale, words,
     MASK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Add one tile."""
+    """Add one tile; no product is in flight when it ends (see `parts`)."""
     k = k_smem.index(slot).reshape([BN, D])
     v = v_smem.index(slot).reshape([BN, DV])
     zero = gl.zeros([64, BN], gl.float32, product(BN))

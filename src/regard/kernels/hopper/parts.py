@@ -3,6 +3,10 @@
 Each kernel is one persistent program per multiprocessor with three roles: one warp that only loads (tensor memory
 copies into a ring of tiles, announced by barriers), and two groups of four warps that compute 64 rows each. A slot of
 the ring is `full` when its bytes have arrived and `free` when both groups have done with it.
+
+What ptxas 12.8 has to be spared: a product in flight across the edge of a loop (it then waits for each single one, and
+says "serialized"; `tests/kernels/compile_for_hopper.py` asks it), and arithmetic that could be moved below the wait for
+a product beside which it should run (it is; a barrier's loop in between keeps it in place).
 """
 
 from __future__ import annotations
