@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests.naive_attention import naive, qkv
@@ -164,3 +165,9 @@ def test_a_sink_of_nothing_beside_a_query_that_sees_nothing() -> None:
     both, total = with_sinks(out, lse, torch.tensor([-torch.inf, -torch.inf]))
     assert bool(both.eq(0).all()) and total.flatten().tolist() == [1.0, -torch.inf]
     assert all(x.isfinite().all() for x in torch.autograd.grad(both.sum() + total[0, 0, 0], (out, lse)))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    q, k, v = qkv(n=4, m=4)
+    torch.testing.assert_close(attend(q, k, v, scale=np.float32(0.25)), attend(q, k, v, scale=0.25))
+    assert P.causal().for_head(np.int64(1)) == P.causal()

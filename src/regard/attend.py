@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
@@ -139,7 +140,7 @@ def attend(
     ordered = pattern is not None or score is not None
     i, j, aligned = positions(q, k, key_padding, q_positions, kv_positions, kv_lengths, exists, ordered, look)
     if pattern is not None and pattern.facts.extent is not None:
-        check_extent(pattern.facts.extent, pattern.facts.laid_for, i, j, exists, aligned)
+        check_extent(pattern, i, j, exists, aligned)
     if validate:
         check_finite("q", q)
         for name, x in (("k", k), ("v", v)):
@@ -175,7 +176,7 @@ def attend(
 def _is_finite(x: object) -> bool:
     if isinstance(x, Tensor):
         return x.numel() == 1 and not x.is_complex() and math.isfinite(x)
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _is_full(pattern: Pattern | None) -> bool:

@@ -44,3 +44,17 @@ def test_no_head_is_of_width_0(key: str) -> None:
     for name in ("key_dim", "value_dim", "chunk_size"):
         with pytest.raises(ArgumentError, match=rf"^{name}: got 0; allowed: an int ≥ 1"):
             create(key, dim=16, heads=4, **{name: 0})
+
+
+def test_a_layer_whose_maps_cast_is_left_alone() -> None:
+    class Casting(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    layer = create("multi-head-attention", dim=16, heads=2)
+    with pytest.raises(ArgumentError, match=r"^x: got torch\.bfloat16"):
+        layer(torch.randn(1, 3, 16).bfloat16())
+    for module in layer.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Casting
+    assert layer(torch.randn(1, 3, 16).bfloat16()).out.dtype == torch.bfloat16

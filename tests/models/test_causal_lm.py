@@ -401,3 +401,15 @@ def test_settings_that_json_does_not_hold(tmp_path: Path) -> None:
 def test_a_layer_is_what_the_blocks_expect() -> None:
     assert all(isinstance(block.mixer, Layer) for block in made().blocks)
     assert isinstance(made().hidden(tokens(1, 2)), Output)
+
+
+def test_a_module_at_two_places_is_not_saved(tmp_path: Path) -> None:
+    model = CausalLM(CausalLMConfig(11, 16, (Mixer("hgrn", 2),) * 2))
+    model.blocks[1] = model.blocks[0]  # its lower bound would come back as that of its own layer
+    with pytest.raises(ArgumentError, match=r"^model: got one module at two places"):
+        save_model(model, tmp_path)
+
+
+def test_a_pattern_for_other_heads_is_no_mixers() -> None:
+    with pytest.raises(ArgumentError, match=r"^within: got a pattern for 4 heads"):
+        Mixer("multi-head-attention", 2, within={"s2-attention": {"heads": 4}})

@@ -18,6 +18,7 @@ from regard.patterns import (
     dilated_window,
     documents,
     enerverse,
+    faster_neighborhood_attention,
     m_var,
     neighborhood,
     per_head,
@@ -29,7 +30,7 @@ from regard.patterns import (
     tokens,
 )
 from regard.patterns.checks import MOST
-from regard.patterns.mutual import crosses
+from regard.patterns.cuts import crosses
 from regard.patterns.permutation import Tiling, best_tile, permuted
 from regard.patterns.powers import receptive_field
 from regard.patterns.sharded import drops_for_good
@@ -79,15 +80,39 @@ def test_a_layout_of_another_length_is_refused(pattern: Pattern) -> None:
             ask()
 
 
-def test_a_layout_that_grows_or_whose_positions_are_given_is_served() -> None:
-    growing = GRID & causal()  # raster order, token after token
-    out = attend(Q, Q, Q, pattern=growing)
-    torch.testing.assert_close(out, attend(Q, Q, Q, pattern=growing, backend="reference"))
+@pytest.mark.parametrize(
+    "growing",
+    [
+        GRID & causal(),
+        GRID & sliding_window(4),
+        GRID & per_head([causal(), causal()]),
+        faster_neighborhood_attention((4, 4), 3, causal=True) & causal(),
+        per_head([GRID & causal(), causal()]),
+    ],
+    ids=repr,
+)
+def test_a_layout_grows_where_no_query_sees_what_is_to_come(growing: Pattern) -> None:
+    q = torch.randn(1, 2, 16, 4)
+    whole = attend(q, q, q, pattern=growing)
+    for n in (1, 7, 15):
+        torch.testing.assert_close(attend(*(q[:, :, :n],) * 3, pattern=growing), whole[:, :, :n])
+
+
+def test_a_causal_axis_grows_by_whole_rows() -> None:
+    rows = faster_neighborhood_attention((4, 4), 3, causal=(True, False))
+    q = torch.randn(1, 2, 16, 4)
+    torch.testing.assert_close(attend(*(q[:, :, :8],) * 3, pattern=rows), attend(q, q, q, pattern=rows)[:, :, :8])
+    with pytest.raises(ArgumentError, match="laid out for 16"):
+        attend(*(q[:, :, :9],) * 3, pattern=rows)
+
+
+def test_other_layouts_and_given_positions() -> None:
     places = torch.arange(15)[None]
     attend(Q, Q, Q, pattern=GRID, q_positions=places, kv_positions=places)
-    m_var((1, 2, 3), across=True).dense(5)
-    with pytest.raises(ArgumentError, match="14, the tokens of the layout"):
-        m_var((1, 2, 3)).dense(5)
+    for across in (True, False):
+        m_var((1, 2, 3), across=across).dense(5)
+        with pytest.raises(ArgumentError, match="14, the tokens of the layout"):
+            m_var((1, 2, 3), across=across).dense(3)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +141,8 @@ def test_ids_changed_in_place_are_noticed(make: Callable[[torch.Tensor], Pattern
     for again in (copy.deepcopy(pattern), pickle.loads(pickle.dumps(pattern))):
         assert torch.equal(again.dense(n), before)
     given = pattern.tensors()[0]
+    given.copy_(given.clone())  # written, but the same
+    assert torch.equal(pattern.dense(n), before)
     given.copy_(given.flip(0))
     for ask in (lambda: pattern.dense(n), lambda: (pattern & causal()).block_map(n)):
         with pytest.raises(ArgumentError, match="changed in place"):

@@ -29,8 +29,8 @@ from regard.patterns import (
     tokens,
 )
 from regard.patterns.block_layouts import butterfly_layout
+from regard.patterns.cuts import crosses
 from regard.patterns.modality import prefill_flops
-from regard.patterns.mutual import crosses
 from regard.patterns.powers import receptive_field
 from regard.patterns.sharded import drops_for_good
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from regard.errors import ArgumentError, require
+from regard.patterns.algebra import Pattern
+from regard.patterns.cuts import cut_off
 from regard.shapes import check_range, check_tensor
 
 
@@ -81,18 +83,20 @@ def _somewhere(exists: Tensor | None, positions: Tensor) -> Tensor | None:
     return exists.expand(positions.shape)
 
 
-def check_extent(extent: int, laid_for: int | None, i: Tensor, j: Tensor, exists: Tensor | None, aligned: bool) -> None:
-    """Raise ArgumentError where a pattern with ids for `extent` positions is asked about more, or one laid out for so
-    many about another number of plain positions.
+def check_extent(pattern: Pattern, i: Tensor, j: Tensor, exists: Tensor | None, aligned: bool) -> None:
+    """Raise ArgumentError where a pattern with ids for so many positions is asked about more, or one that is laid out
+    for so many about fewer plain positions whose queries would see the others.
 
-    Waits for a GPU unless positions are plain.
+    Waits for a GPU unless positions are plain, and as many as it is for.
     """
+    extent, laid_for = pattern.facts.extent, pattern.facts.laid_for
+    assert extent is not None
     if aligned:
         count = j.shape[-1]
         require(count <= extent, "pattern", f"one with ids for {extent} positions", f"one with ids for {count}")
-        require(
-            laid_for in (None, count), "pattern", f"one laid out for {laid_for} tokens", f"one for the {count} of k"
-        )
+        if laid_for not in (None, count) and not torch.compiler.is_compiling():  # looking would break the graph
+            whole = not cut_off(pattern, laid_for, count)
+            require(whole, "pattern", f"one laid out for {laid_for} tokens", f"one for the {count} of k")
         return
     check_range("q_positions", i, 0, extent - 1)
     check_range("kv_positions", j, 0, extent - 1, _somewhere(exists, j))

@@ -108,10 +108,11 @@ class Layer(nn.Module):
     def _check_tensor(self, name: str, x: Tensor) -> None:
         require(isinstance(x, Tensor), name, type(x).__name__, "a floating-point tensor")
         require(x.is_floating_point(), name, x.dtype, "a floating-point dtype")
-        own = next(self.parameters(), None)
-        if own is None or own.dtype == x.dtype or autocasting(x):
+        first = next((m for m in self._modules.values() if type(m) is nn.Linear), None)
+        if first is None or first.weight.dtype == x.dtype or autocasting(x):
             return
-        known = dict.fromkeys(p.dtype for p in self.parameters() if p.is_floating_point())
+        plain = (m for m in self.modules() if type(m) is nn.Linear and not m._forward_pre_hooks)  # others may cast
+        known = dict.fromkeys(m.weight.dtype for m in plain)
         require(not known or x.dtype in known, name, x.dtype, f"the layer's: {', '.join(map(str, known))}")
 
     def check_causal(self, context: Tensor | None, pattern: Pattern | None) -> None:

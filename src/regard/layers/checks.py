@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from regard.errors import require
 from regard.patterns.algebra import at_least, true_or_false
@@ -33,4 +34,4 @@ def from_zero(argument: str, value: object, below: float = math.inf) -> None:
 
 
 def _real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

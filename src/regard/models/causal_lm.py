@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -183,9 +184,11 @@ class Sampler:
     def __init__(
         self, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
     ) -> None:
-        above = isinstance(temperature, (int, float)) and 0 < temperature < math.inf
+        above = isinstance(temperature, Real) and 0 < temperature < math.inf
         require(above, "temperature", repr(temperature), "a number above 0; `greedy` is its limit")
-        require(top_k is None or (isinstance(top_k, int) and top_k >= 1), "top_k", repr(top_k), "an int ≥ 1, or None")
+        require(
+            top_k is None or (isinstance(top_k, Integral) and top_k >= 1), "top_k", repr(top_k), "an int ≥ 1, or None"
+        )
         known = generator is None or isinstance(generator, torch.Generator)
         require(known, "generator", repr(generator), "a torch.Generator, or None")
         self.temperature, self.top_k, self.generator = temperature, top_k, generator

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from regard.errors import ArgumentError, CheckpointError
+from regard.errors import ArgumentError, CheckpointError, require
 from regard.models.causal_lm import CausalLM
 from regard.models.config import CausalLMConfig
 from regard.models.device import device_here
@@ -23,9 +23,13 @@ def save_model(model: CausalLM, folder: str | os.PathLike[str]) -> None:
     """Write the model into `folder`, made if it does not exist; each file is replaced only when it is whole.
 
     A parameter that several modules share (`share_lower_bounds`) is written once, and shared again when loaded.
-    Raises ArgumentError when it cannot be written, or a mixer's settings do not fit into JSON.
+    Raises ArgumentError when it cannot be written, a module stands at two places, or a mixer's settings do not fit
+    into JSON.
     """
     target, config = Path(folder), model.config.to_json()
+    places = len([name for name, _ in model.named_modules(remove_duplicate=False)])
+    alone = places == len(list(model.named_modules()))
+    require(alone, "model", "one module at two places", "a module of its own at each: its depth is told to it")
     own: dict[int, str] = {}  # of each parameter, the first name
     held = model.state_dict(keep_vars=True)
     shared = {name: first for name, t in held.items() if (first := own.setdefault(id(t), name)) != name}

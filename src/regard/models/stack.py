@@ -52,9 +52,14 @@ class Mixer:
             require(isinstance(given, Mapping), "within", given, f"a mapping, the arguments of {pattern}")
             _check_names(f"argument of {pattern}", given, signature(lookup("pattern", pattern).factory).parameters)
         try:
-            self.pattern  # noqa: B018  making it checks the arguments' values
+            made = self.pattern  # making it checks the arguments' values
         except TypeError as error:
             raise ArgumentError("within", dict(self.within), f"arguments that the patterns take ({error})") from error
+        own = None if made is None else made.heads
+        require(own in (None, self.heads), "within", f"a pattern for {own} heads", f"one for {self.heads} heads")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"within": {}, **state})  # pickles from before it had any
 
     @property
     def pattern(self) -> Pattern | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regard.errors import ArgumentError, require
 from regard.patterns.block_map import BlockMap, Grid, build_block_map
-from regard.patterns.checks import at_least, true_or_false
+from regard.patterns.checks import Read, at_least, true_or_false
 from regard.patterns.cost import Cost, measure_cost
 from regard.patterns.tiles import EMPTY, FULL, PARTIAL
 
@@ -55,7 +55,7 @@ class Facts(NamedTuple):
     extent: int | None
     laid_for: int | None
     tensors: tuple[Tensor, ...]
-    read: tuple[tuple[Tensor, int], ...]
+    read: tuple[Read, ...]
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,10 @@ class Pattern:
 
     @property
     def laid_for(self) -> int | None:
-        """The only number of positions that makes sense (a grid's), or None: beside `causal()` a grid may grow."""
+        """The number of positions it is laid out for (a grid's), or None. Fewer make sense only where no query of
+        theirs would see one of the others (`cuts.cut_off`)."""
         known = [p.laid_for for p in self.parts()]
         return min((n for n in known if n is not None), default=None)
-
-    causal = False  # is it known to show no query a later key?
 
     def _layout_said(self) -> str:
         return ""
@@ -156,16 +155,19 @@ class Pattern:
         return Facts(self.heads, self.rows, self.extent, self.laid_for, self.tensors(), self._all_read())
 
     def _reads(self, given: Tensor) -> None:
-        """Note the version of a tensor that may be the caller's: tables are made of it, and must not be outlived."""
+        """Remember a tensor that may be the caller's: tables are made of it, and must not be outlived."""
         if not given.is_inference():  # those have no versions
-            object.__setattr__(self, "_read", (given, given._version))
+            object.__setattr__(self, "_read", Read(given))
 
     _read = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_read", "facts")}  # a copy's tensors are its own
 
-    def _all_read(self) -> tuple[tuple[Tensor, int], ...]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({k: v for k, v in state.items() if k != "facts"})  # of another version, perhaps
+
+    def _all_read(self) -> tuple[Read, ...]:
         own = () if self._read is None else (self._read,)
         return own + tuple(r for p in self.parts() for r in p._all_read())
 
@@ -175,7 +177,7 @@ class Pattern:
         Raises ArgumentError where the ids it was made of have been changed in place since."""
         tensors = self.facts.tensors
         if not torch.compiler.is_compiling():
-            changed = any(t._version != version for t, version in self.facts.read)
+            changed = any(read.changed() for read in self.facts.read)
             require(not changed, "pattern", "one whose ids were changed in place", "a new pattern for new ids")
         moved = {id(t): t.to(device) for t in tensors}
         return self._with(moved) if any(moved[id(t)] is not t for t in tensors) else self
@@ -316,7 +318,10 @@ class Pattern:
         if self.extent is not None and last > self.extent:
             raise ArgumentError("positions", last, f"at most {self.extent}, as many as the pattern has ids")
         if self.laid_for not in (None, grid.m):
-            raise ArgumentError("m", grid.m, f"{self.laid_for}, the tokens of the layout{self._layout_said()}")
+            from regard.patterns.cuts import cut_off
+
+            whole = not cut_off(self, self.laid_for, grid.m)
+            require(whole, "m", grid.m, f"{self.laid_for}, the tokens of the layout{self._layout_said()}")
         for name, asked, own in (("batch", batch, self.rows), ("heads", heads, self.heads)):
             if asked is not None:
                 at_least(name, asked, 1)
@@ -347,14 +352,6 @@ class _Pair(Pattern):
 @dataclass(frozen=True, repr=False)
 class And(_Pair):
     """Allowed by both, written `a & b`."""
-
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        return self.a.causal or self.b.causal
-
-    @property
-    def laid_for(self) -> int | None:
-        return None if self.causal else super().laid_for
 
     def rule(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self.a.rule(b, h, i, j) & self.b.rule(b, h, i, j)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
 from regard.errors import require
 
 MOST = 1 << 30
@@ -10,7 +15,7 @@ MOST = 1 << 30
 
 def at_least(argument: str, value: object, least: int) -> None:
     """Raise ArgumentError unless `value` is an int of at least `least`, and at most MOST."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
     require(whole and value >= least, argument, repr(value), f"an int ≥ {least}")  # type: ignore[operator]
     require(value <= MOST, argument, value, f"at most {MOST}; a rule without an end says so by leaving it out")  # type: ignore[operator]
 
@@ -18,3 +23,16 @@ def at_least(argument: str, value: object, least: int) -> None:
 def true_or_false(argument: str, value: object) -> None:
     """Raise ArgumentError unless `value` is a bool."""
     require(isinstance(value, bool), argument, repr(value), "True or False")
+
+
+class Read:
+    """A tensor that a pattern was made of, which its caller may still write into, and what was in it."""
+
+    def __init__(self, given: Tensor) -> None:
+        self.given, self.version, self.was = given, given._version, given.clone()
+
+    def changed(self) -> bool:
+        """Looks only where something was written, if only beside it in the same memory."""
+        if self.given._version != self.version and torch.equal(self.given, self.was):
+            self.version = self.given._version
+        return self.given._version != self.version

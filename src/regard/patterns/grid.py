@@ -144,7 +144,7 @@ class AxisProduct(OnGrid):
         al. 2025). See `regard.patterns.simulator.simulate` for what it says besides.
         """
         if tile is None or not set(asked) <= {"block", "q_offset", "device"}:
-            require(key_tile is None, "key_tile", key_tile, "None without tile")
+            require(key_tile is None or tile is not None, "key_tile", key_tile, "None without tile")
             length = self.extent if n is None else n
             return super().cost(length, m, batch=batch, heads=heads, head_dim=head_dim, **asked)
         from regard.patterns.simulator import simulate

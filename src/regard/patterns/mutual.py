@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
-from regard.patterns.algebra import Pattern, a_pattern, at_least
+from regard.patterns.algebra import Pattern
 from regard.patterns.per_token import PerToken, counted, last_at, next_at
 from regard.patterns.tiles import answer
 from regard.registry import Paper, register
@@ -150,21 +150,3 @@ def aki_modality_mutual_attention(ranks: Tensor) -> Pattern:
     [[1, 0, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     """
     return Mutual(ranks)
-
-
-def crosses(pattern: Pattern, n: int, cut: int) -> bool:
-    """Does some query before `cut` see a key at or after it (of n)? Then a prefill in chunks must not be cut there.
-
-    Exact for patterns whose tile answers are exact, sound (True at worst) for others. Raises ArgumentError.
-    """
-    a_pattern("pattern", pattern)
-    at_least("n", n, 2)
-    if pattern.extent is not None:
-        require(n <= pattern.extent, "n", n, f"at most {pattern.extent}, as many as the pattern has ids")
-    at_least("cut", cut, 1)
-    require(cut < n, "cut", cut, f"a position from 1 to {n - 1}")
-    zero = torch.zeros((), dtype=torch.long)
-    b = torch.arange(pattern.rows or 1)[:, None, None]
-    h = torch.arange(pattern.heads or 1)[:, None]
-    first, last, start, end = (torch.tensor([x]) for x in (0, cut - 1, cut, n - 1))
-    return bool((pattern.tiles(b, h + zero, first, last, start, end) > 0).any())

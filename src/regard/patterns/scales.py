@@ -44,9 +44,8 @@ class Scales(Pattern):
         return sum(side**2 for side in self.sides)
 
     @property
-    def laid_for(self) -> int | None:
-        """Scale by scale it grows; within scales alone, a part of a scale makes no sense."""
-        return None if self.across else self.extent
+    def laid_for(self) -> int:
+        return self.extent
 
     def bind(self, n: int) -> Pattern:
         if n != self.extent:

@@ -149,7 +149,7 @@ def check(
     """The decay with three axes, or None. Raises ArgumentError naming the tensor whose shape does not fit.
 
     Values are not checked (that would wait for the device)."""
-    check_floating(q=q, k=k, v=v)
+    check_floating(v=v)
     require(q.ndim == 4, "q", tuple(q.shape), "(B, H, N, Dk)")
     batch, heads, n, dim = q.shape
     require(k.shape == q.shape, "k", tuple(k.shape), f"the shape of q, {tuple(q.shape)}")

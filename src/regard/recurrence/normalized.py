@@ -65,7 +65,7 @@ class NormalisedLinearAttention:
 
 def with_ones(inputs: DiagonalInputs) -> DiagonalInputs:
     """The same inputs in at least float32, the values with a last column of ones."""
-    check_floating(q=inputs.q, k=inputs.k, v=inputs.v)
+    check_floating(v=inputs.v)
     dtype = accumulation_dtype(inputs.q, inputs.k, inputs.v)
     q, k, v = (x.to(dtype) for x in inputs[:3])
     return inputs._replace(q=q, k=k, v=torch.cat([v, torch.ones_like(v[..., :1])], -1))

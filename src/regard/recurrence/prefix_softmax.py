@@ -119,7 +119,7 @@ def chunked(
 
 def empty_state(scores: Tensor, v: Tensor) -> SoftmaxState:
     """The identity of `merge`, (−∞, 0, 0), for scores (B, H, N) and v (B, H, N, Dv). Raises for other shapes."""
-    check_floating(scores=scores, v=v)
+    check_floating(v=v)
     require(v.ndim == 4, "v", tuple(v.shape), "(B, H, N, Dv)")
     require(scores.shape == v.shape[:3], "scores", tuple(scores.shape), f"{tuple(v.shape[:3])}: (B, H, N)")
     w = torch.zeros(*v.shape[:2], v.shape[3], dtype=accumulation_dtype(scores, v), device=v.device)

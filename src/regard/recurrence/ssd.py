@@ -73,7 +73,7 @@ class SSD:
 def _normal(inputs: SSDInputs) -> DiagonalInputs:
     """As the diagonal-decay executor reads it. Raises ArgumentError naming the tensor."""
     x, dt, g, b, c, skip = inputs
-    check_floating(x=x, b=b, c=c)
+    check_floating(x=x)
     require(x.ndim == 4, "x", tuple(x.shape), "(B, H, N, P)")
     batch, heads, n, _ = x.shape
     for name, tensor in (("dt", dt), ("log_decay", g)):
