@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from numbers import Real
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from regard.kernels.dispatch import Explanation, dispatch
 from regard.kernels.merge import apply_sinks, merge
 from regard.kernels.positions import check_extent, existing, positions
 from regard.kernels.request import Normalizer, Request, ScoreFunction
+from regard.patterns.checks import is_number
 from regard.shapes import (
     Heads,
     KeyLengths,
@@ -176,7 +176,7 @@ def attend(
 def _is_finite(x: object) -> bool:
     if isinstance(x, Tensor):
         return x.numel() == 1 and not x.is_complex() and math.isfinite(x)
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+    return is_number(x) and math.isfinite(x)
 
 
 def _is_full(pattern: Pattern | None) -> bool:

@@ -109,10 +109,11 @@ def test_heavy_blocks_are_cut_and_come_first() -> None:
 
 @triton
 @pytest.mark.parametrize(
-    ("window", "n", "heads", "kv_heads", "at_most"),
-    [(1024, 8192, 32, 8, 1.1), (1024, 32768, 32, 8, 1.1), (1024, 4096, 32, 8, 1.2), (256, 8192, 64, 1, 1.2)],
+    ("window", "n", "heads", "kv_heads"),
+    [(1024, 8192, 32, 8), (1024, 32768, 32, 8), (1024, 4096, 32, 8), (256, 8192, 64, 1)],
 )
-def test_programs_have_like_shares(window: int, n: int, heads: int, kv_heads: int, at_most: float) -> None:
+def test_programs_have_like_shares(window: int, n: int, heads: int, kv_heads: int) -> None:
+    """No program has a tenth more to do than the mean."""
     from regard.kernels.hopper.schedule import key_works
 
     pattern = causal() & (sliding_window(window) | attention_sink(4))
@@ -123,7 +124,7 @@ def test_programs_have_like_shares(window: int, n: int, heads: int, kv_heads: in
     load = torch.zeros(132, dtype=torch.long)
     load.index_add_(0, torch.arange(len(works)) % 132, each * (works[:, 2] - works[:, 1]))
     assert int(load.sum()) == int(visits.sum()) * (heads // kv_heads)
-    assert load.max() < at_most * load.float().mean() and told.pieces <= 4 * 132
+    assert load.max() < 1.1 * load.float().mean() and told.pieces <= 4 * 132
 
 
 @pytest.mark.parametrize("name", PATTERNS)

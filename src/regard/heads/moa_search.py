@@ -18,7 +18,7 @@ import torch
 from regard.errors import ArgumentError, UnsupportedError, require
 from regard.heads.moa_influence import Influence
 from regard.inference.policies.moa import Rules
-from regard.patterns.checks import at_least
+from regard.patterns.checks import at_least, is_number
 from regard.patterns.elastic import Rule, window_blocks
 
 INTERVALS = 4
@@ -57,14 +57,14 @@ def search(
     rules per layer at most. Raises ArgumentError where no choice keeps to the bound, UnsupportedError without scipy.
     """
     given = most if isinstance(most, Mapping) else dict.fromkeys(influence.lengths, most)
-    shares = len(given) > 0 and all(_is_number(d) and 0 < d <= 1 for d in given.values())
+    shares = len(given) > 0 and all(is_number(d) and 0 < d <= 1 for d in given.values())
     require(shares, "most", repr(most), "a density in (0, 1], or one for each length")
     bounds = dict(given)
     for n in bounds:
         at_least("most", n, 1)
     at_least("distinct", distinct, 1)
     pairs = candidates is None or all(
-        isinstance(r, tuple) and len(r) == 2 and all(map(_is_number, r)) for r in candidates
+        isinstance(r, tuple) and len(r) == 2 and all(map(is_number, r)) for r in candidates
     )
     require(pairs, "candidates", repr(candidates), "pairs (α, β) of numbers")
     lengths = sorted({*influence.lengths, *bounds})
@@ -90,10 +90,6 @@ def search(
             if (x := program.solve(k, within)) is not None:
                 known.append(x)
     return program.pareto(known)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 class _Program:

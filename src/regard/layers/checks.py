@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 from regard.errors import require
-from regard.patterns.algebra import at_least, true_or_false
+from regard.patterns.checks import at_least, is_number, true_or_false
 
 
 def sizes(**settings: object) -> None:
@@ -24,14 +23,10 @@ def flags(**settings: object) -> None:
 def positive(**settings: object) -> None:
     """Raise ArgumentError unless every one is a finite number above 0."""
     for name, value in settings.items():
-        require(_real(value) and 0 < value < math.inf, name, repr(value), "a finite number above 0")  # type: ignore[operator]
+        require(is_number(value) and 0 < value < math.inf, name, repr(value), "a finite number above 0")
 
 
 def from_zero(argument: str, value: object, below: float = math.inf) -> None:
     """Raise ArgumentError unless 0 ≤ `value` < `below`."""
     allowed = "a finite number ≥ 0" if below == math.inf else f"a number from 0 to below {below}"
-    require(_real(value) and 0 <= value < below, argument, repr(value), allowed)  # type: ignore[operator]
-
-
-def _real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    require(is_number(value) and 0 <= value < below, argument, repr(value), allowed)

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from regard.errors import require
 from regard.layers.checks import from_zero, sizes
-from regard.patterns.algebra import at_least
+from regard.patterns.checks import at_least
 from regard.recurrence.diagonal import accumulation_dtype
 
 
@@ -76,7 +76,7 @@ def share_lower_bounds(gates: Iterable[ForgetGate], width: int) -> nn.Parameter:
     require(len(gates) >= 1, "gates", "none", "one ForgetGate or more")
     for gate in gates:
         require(isinstance(gate, ForgetGate), "gates", type(gate).__name__, "ForgetGates")
-    require(isinstance(width, int) and width >= 1, "width", width, "an int ≥ 1")
+    sizes(width=width)
     require(len({gate.layers for gate in gates}) == 1, "layers", [g.layers for g in gates], "the same for all gates")
     gamma = nn.Parameter(torch.zeros(gates[0].layers, width))
     for gate in gates:

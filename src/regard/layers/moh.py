@@ -18,7 +18,7 @@ from regard.layers.checks import flags
 from regard.layers.head_gathering import attend_gathered
 from regard.layers.multi_head_attention import KVState, MultiHeadAttention
 from regard.patterns import Pattern
-from regard.patterns.algebra import at_least
+from regard.patterns.checks import at_least
 from regard.registry import Paper, mechanism
 
 PAPER = Paper("MoH: Multi-Head Attention as Mixture-of-Head Attention", "Jin et al.", 2024, "2410.11842")

@@ -15,8 +15,8 @@ from regard.layers.base import Context, Example, Layer, Output, Padding, Tokens
 from regard.layers.checks import flags, from_zero
 from regard.layers.rotary import rotate
 from regard.patterns import Pattern
-from regard.patterns.algebra import at_least
 from regard.patterns.arrow import SENER
+from regard.patterns.checks import at_least
 from regard.registry import mechanism
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import linear, silu
 from regard.errors import ArgumentError, UnsupportedError, require
 from regard.layers.base import Output
 from regard.models.config import CausalLMConfig
+from regard.patterns.checks import is_number
 from regard.shapes import check_range
 
 
@@ -184,7 +185,7 @@ class Sampler:
     def __init__(
         self, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
     ) -> None:
-        above = isinstance(temperature, Real) and 0 < temperature < math.inf
+        above = is_number(temperature) and 0 < temperature < math.inf
         require(above, "temperature", repr(temperature), "a number above 0; `greedy` is its limit")
         require(
             top_k is None or (isinstance(top_k, Integral) and top_k >= 1), "top_k", repr(top_k), "an int ≥ 1, or None"

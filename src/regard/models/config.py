@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from regard.errors import CheckpointError, RegardError, require
+from regard.layers.checks import positive
 from regard.models.stack import Mixer
 
 FORMAT = 1
@@ -37,8 +37,7 @@ class CausalLMConfig:
         fits = self.mlp_width is None or (isinstance(self.mlp_width, int) and self.mlp_width >= 0)
         require(fits, "mlp_width", self.mlp_width, "an int ≥ 0, or None")
         require(isinstance(self.tied, bool), "tied", repr(self.tied), "True or False")
-        above = isinstance(self.eps, (int, float)) and 0 < self.eps < math.inf
-        require(above, "eps", repr(self.eps), "a number above 0")
+        positive(eps=self.eps)
         object.__setattr__(self, "eps", float(self.eps))
         sound = isinstance(self.mixers, (tuple, list)) and len(self.mixers) >= 1
         sound = sound and all(isinstance(m, Mixer) for m in self.mixers)

@@ -174,7 +174,8 @@ class Pattern:
     def to(self, device: torch.device | str) -> Self:
         """The same pattern with its tensors on that device; a tensor used twice is moved once.
 
-        Raises ArgumentError where the ids it was made of have been changed in place since."""
+        Raises ArgumentError where the ids it was made of have been changed in place (not asked while torch compiles).
+        """
         tensors = self.facts.tensors
         if not torch.compiler.is_compiling():
             changed = any(read.changed() for read in self.facts.read)

@@ -1,8 +1,9 @@
-"""What arguments of patterns have to be."""
+"""What arguments have to be, and what they have to stay."""
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ def at_least(argument: str, value: object, least: int) -> None:
     """Raise ArgumentError unless `value` is an int of at least `least`, and at most MOST."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     require(whole and value >= least, argument, repr(value), f"an int ≥ {least}")  # type: ignore[operator]
-    require(value <= MOST, argument, value, f"at most {MOST}; a rule without an end says so by leaving it out")  # type: ignore[operator]
+    require(value <= MOST, argument, value, f"an int from {least} to {MOST}")  # type: ignore[operator]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Is it a real number, of Python or numpy, and no bool?"""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def true_or_false(argument: str, value: object) -> None:

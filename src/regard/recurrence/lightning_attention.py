@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import require
-from regard.patterns.algebra import at_least
+from regard.patterns.checks import at_least
 from regard.recurrence.diagonal import accumulation_dtype
 from regard.registry import Paper
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import UnknownNameError, require
-from regard.patterns.algebra import at_least
+from regard.patterns.checks import at_least
 from regard.recurrence.diagonal_decay import DiagonalDecay, DiagonalInputs, DiagonalState
 from regard.registry import Paper, register
 

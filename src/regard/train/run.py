@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regard.errors import ArgumentError, RegardError, require
+from regard.errors import ArgumentError, require
 from regard.models.causal_lm import CausalLM, CausalLMConfig, held_bytes
 from regard.models.device import device_here
 from regard.models.saving import save_model
@@ -123,8 +123,7 @@ def run(
         require(bool(begun), "out", str(out), "with --resume, the folder of a run that has saved a checkpoint")
     elif begun and not overwrite:
         raise ArgumentError("out", f"{out}, which holds a run", "another folder, or --resume, or --overwrite")
-    # Built here, so that errors come before any folder.
-    models = {name: _built(name, config, settings) for name, config in settings.configs.items()}
+    models = {name: _built(config, settings) for name, config in settings.configs.items()}  # errors before any folder
     for old in () if resume else begun:
         old.unlink()
     for name, model in models.items():
@@ -228,17 +227,9 @@ def _result(name: str, model: CausalLM, task: TrainingTask, trained: Trained) ->
     return ModelResult(name, tuple(m.key for m in model.config.mixers), count, held, trained)
 
 
-def _built(name: str, config: CausalLMConfig, settings: RunSettings) -> CausalLM:
+def _built(config: CausalLMConfig, settings: RunSettings) -> CausalLM:
     torch.manual_seed(settings.training.seed)
-    try:
-        return CausalLM(config)
-    except RegardError:
-        raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        if name != MODEL or not named(settings.mixer, "mixer")[1]:
-            raise  # it is not for what was asked of the mixer
-        allowed = f"settings that the layer can be made with ({type(error).__name__}: {error})"
-        raise ArgumentError("mixer", repr(settings.mixer), allowed) from error
+    return CausalLM(config)
 
 
 def _folder(path: Path) -> Path:
